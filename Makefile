@@ -1,0 +1,56 @@
+# Every target makes the environment that it needs in .venv; nothing has to be activated.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help train test lab check export readme clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@echo "make ..."
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+train: .venv/package ## train a flow of handwritten digits and draw from it; goes on where it was stopped
+	$(BIN)/flowbook prepare digits
+	$(BIN)/flowbook train --resume
+
+# The notebooks run side by side, one a processor, so each gets one thread.
+test: .venv/dev ## run the cells of all notebooks, then pytest's quick tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
+	$(BIN)/pytest
+
+# ARGS are JupyterLab's own, as in `make lab ARGS="--no-browser --port 9000"`.
+lab: .venv/dev ## open the chapters in JupyterLab
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter" $(BIN)/jupyter-lab nbs $(ARGS)
+
+check: .venv/dev ## are notebooks, package and README in step, the chapters in order, the linter content?
+	$(BIN)/python tools/check.py
+
+export: .venv/dev ## after changing notebooks: clean them, write the package and the README
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py
+
+readme: .venv/dev ## write the README from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+clean: ## remove caches (never environments, data or runs)
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+
+# The environment. `package` and `dev` are empty files that say what is installed.
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	"The versions in constraints.txt need Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	"Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/package: settings.ini setup.py constraints.txt | .venv/bin/python
+	@echo "Installing flowbook and what it needs into .venv (PyTorch is large: some minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev: .venv/package
+	@echo "Installing the development tools into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

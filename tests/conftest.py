@@ -1,0 +1,86 @@
+"""What several tests need: small data, small runs, and the command line as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowbook.config import TrainingConfig
+from flowbook.data import prepare_dataset
+from flowbook.nets import create_model
+from flowbook.randomness import set_seed
+from flowbook.trainer import FlowTrainer
+
+COMMAND = str(Path(sys.executable).with_name("flowbook"))
+
+
+@pytest.fixture(autouse=True)
+def _off_the_network(monkeypatch):
+    """No test talks to W&B's server, whatever key the developer has; those that test W&B set what they need."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Two moons, 1,000 points: 700 to train on."""
+    folder = tmp_path_factory.mktemp("datasets")
+    prepare_dataset("moons", folder, points=1000)
+    return folder
+
+
+@pytest.fixture
+def configured(tmp_path, data_dir):
+    """A configuration of a run that takes a second: 7 steps an epoch."""
+    def make(**changes):
+        settings = dict(dataset="moons-all", epochs=4, batch_size=100, lr=2e-3, warmup_steps=5, log_every=3,
+                        arch_options={"width": 16, "depth": 2}, data_dir=str(data_dir), checkpoint_dir=str(tmp_path / "runs"))
+        return TrainingConfig(**(settings | changes))
+    return make
+
+
+@pytest.fixture
+def new_trainer():
+    """A trainer with a network of the configuration's, its first weights decided by the seed, without W&B."""
+    def make(config, **options):
+        set_seed(config.seed)
+        return FlowTrainer(create_model(config.arch, (2,), **config.arch_options), config, **({"wandb_project": None} | options))
+    return make
+
+
+@pytest.fixture
+def flowbook(tmp_path):
+    """Run the command `flowbook` in an empty folder, in a process of its own."""
+    def run(*arguments, timeout=120):
+        command = [COMMAND, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return run
+
+
+def assert_same(first, second, where="state"):
+    """Two nested states are equal, bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for position, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same(a, b, f"{where}[{position}]")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def training_state(checkpoint):
+    """What must be the same in two runs that are the same: all but the time it took and where it lies."""
+    state = dict(checkpoint)
+    config = {name: value for name, value in state.pop("config").items() if name != "checkpoint_dir"}
+    progress = {name: value for name, value in state.pop("progress").items() if name != "seconds"}
+    return state | {"config": config, "progress": progress}

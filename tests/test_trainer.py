@@ -1,0 +1,310 @@
+"""A run is the same run however it was interrupted, and refuses what can't be right before it writes anything."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import assert_same, training_state
+from flowbook.checkpoint import CheckpointError, read_checkpoint
+from flowbook.data import AUGMENTATIONS, FlowDataset, prepare_dataset
+from flowbook.flows import FLOWS
+from flowbook.nets import create_model
+from flowbook.tracking import read_metrics, read_summary
+from flowbook.trainer import FlowTrainer, NotFinite
+
+
+class PressCtrlC:
+    """A callback that behaves like a person who presses Ctrl-C in a certain step."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+
+    def on_step(self, trainer):
+        if trainer.step == self.step:
+            signal.raise_signal(self.number)
+
+
+def final_state(trainer):
+    return training_state(read_checkpoint(trainer.folder / "last.pt")), training_state(read_checkpoint(trainer.folder / "best.pt"))
+
+
+def interrupted_and_resumed(new_trainer, config, step):
+    """Run to `step`, stop, and go on with a new trainer whose network has other first weights."""
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(config, callbacks=[PressCtrlC(step)]).train()
+    torch.manual_seed(step)
+    model = create_model(config.arch, (2,), **config.arch_options)
+    resumed = FlowTrainer(model, config, wandb_project=None, resume_path="auto")
+    assert resumed.step == step
+    resumed.train()
+    return resumed
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("aug", AUGMENTATIONS)
+def test_resumed_equals_uninterrupted_for_every_flow_and_augmentation(tmp_path, configured, new_trainer, flow, aug):
+    config = configured(flow=flow, aug=aug, arch_options={"width": 16, "depth": 2, "dropout": 0.2})
+    unbroken = new_trainer(config)
+    unbroken.train()
+    other = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
+    resumed = interrupted_and_resumed(new_trainer, other, step=10)
+    for first, second in zip(final_state(unbroken), final_state(resumed), strict=True):
+        assert_same(first, second)
+    assert (unbroken.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 8, 14, 27, 28])
+def test_resumed_equals_uninterrupted_from_any_step(tmp_path, configured, new_trainer, step):
+    config = configured()       # 4 epochs of 7 steps: first, inside, last of an epoch, last of all
+    unbroken = new_trainer(config)
+    unbroken.train()
+    resumed = interrupted_and_resumed(new_trainer, config.replace(checkpoint_dir=str(tmp_path / "resumed")), step)
+    assert_same(final_state(unbroken)[0], final_state(resumed)[0])
+    assert (unbroken.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
+
+
+def test_early_stopping_survives_a_resume(tmp_path, configured, new_trainer):
+    config = configured(epochs=60, patience=3, lr=0.05, schedule="constant", warmup_steps=0)
+    unbroken = new_trainer(config)
+    summary = unbroken.train()
+    assert summary["status"] == "early-stopped" and summary["stop_reason"] == "no improvement in 3 validations"
+    resumed = interrupted_and_resumed(new_trainer, config.replace(checkpoint_dir=str(tmp_path / "resumed")), unbroken.step - 9)
+    assert_same(final_state(unbroken)[0], final_state(resumed)[0])
+    best = min((row for row in read_metrics(resumed.folder) if "val/loss" in row), key=lambda row: row["val/loss"])
+    state = read_checkpoint(resumed.folder / "best.pt")
+    assert (state["step"], state["best_val_loss"]) == (best["step"], best["val/loss"])
+
+
+def test_a_longer_run_continues_with_a_new_plan(configured, new_trainer, capsys):
+    new_trainer(configured(epochs=2)).train()
+    capsys.readouterr()
+    trainer = new_trainer(configured(epochs=4), resume_path="auto")
+    assert (trainer.epoch, trainer.step) == (3, 14)
+    summary = trainer.train()
+    printed = capsys.readouterr().out
+    assert "Stats consistency check: PASSED" in printed
+    assert "The schedule is planned anew over 4 epochs instead of 2" in printed
+    assert (summary["final_epoch"], summary["steps"]) == (4, 28)
+    assert [row["step"] for row in read_metrics(trainer.folder) if "val/loss" in row] == [7, 14, 21, 28]
+
+
+def test_the_starting_table(configured, new_trainer, tmp_path):
+    config = configured()
+    trainer = new_trainer(config, resume_path="auto")      # nothing there: trains
+    trainer.train()
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+        new_trainer(config)
+    with pytest.raises(ValueError, match="choose one"):
+        new_trainer(config, resume_path="auto", overwrite=True)
+    before = {path.name: path.read_bytes() for path in trainer.folder.iterdir()}
+    assert new_trainer(config, resume_path="auto").train()["status"] == "finished"     # finished: changes nothing
+    assert {path.name: path.read_bytes() for path in trainer.folder.iterdir()} == before
+    new_trainer(config, overwrite=True).train()
+    assert (trainer.folder.with_name(trainer.folder.name + ".old-1") / "last.pt").read_bytes() == before["last.pt"]
+
+    from_best = new_trainer(config, resume_path=trainer.folder / "best.pt")                # a path: that state
+    assert from_best.step == read_checkpoint(trainer.folder / "best.pt")["step"]
+
+    (trainer.folder / "last.pt").write_bytes(before["last.pt"][:1000])
+    with pytest.raises(CheckpointError, match="last.pt .1000 bytes. does not end with a SHA-256"):
+        new_trainer(config, resume_path="auto")
+
+
+def test_rows_after_the_resumed_step_are_moved_aside(configured, new_trainer):
+    trainer = new_trainer(configured(epochs=2))
+    trainer.train()
+    early = trainer.folder.parent / "early.pt"
+    state = read_checkpoint(trainer.folder / "best.pt")
+    early.write_bytes((trainer.folder / "best.pt").read_bytes())
+    new_trainer(configured(epochs=4), resume_path="auto").train()
+    rows_before = read_metrics(trainer.folder)
+    new_trainer(configured(epochs=4), resume_path=early).train()
+    steps = [row["step"] for row in read_metrics(trainer.folder)]
+    assert steps == sorted(steps) and max(steps) == 28
+    aside = [path for path in trainer.folder.iterdir() if "undone" in path.name]
+    if rows_before[-1]["step"] > state["step"]:
+        assert len(aside) == 1
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"lr": 0.1}, "lr is 0.1, the run was started with 0.002"),
+    ({"batch_size": 50, "ema_decay": 0.9}, "batch_size is 50, the run was started with 100; ema_decay is 0.9"),
+])
+def test_other_settings_are_refused_by_name(configured, new_trainer, change, words):
+    trainer = new_trainer(configured())
+    trainer.train()
+    before = {path.name: path.read_bytes() for path in trainer.folder.iterdir()}
+    with pytest.raises(ValueError, match=words):
+        new_trainer(configured(**change), resume_path="auto")
+    assert {path.name: path.read_bytes() for path in trainer.folder.iterdir()} == before
+
+
+def test_other_statistics_and_other_points_are_refused(configured, new_trainer, data_dir):
+    config = configured(dataset="points")
+    points = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    data = FlowDataset.from_tensor(points)
+    new_trainer(config, train_dataset=data).train()
+    with pytest.raises(ValueError, match=r"Stats consistency check: FAILED. mean differs in 1 of 2 features \(1\)"):
+        new_trainer(config, train_dataset=FlowDataset.from_tensor(points + torch.tensor([0.0, 0.5])), resume_path="auto")
+    with pytest.raises(ValueError, match="started on other data points"):
+        new_trainer(config, train_dataset=FlowDataset.from_tensor(points.flip(0), data.stats), resume_path="auto")
+
+
+def test_unknown_names_and_impossible_batches_leave_no_trace(configured, new_trainer, tmp_path):
+    for change, words in [({"flow": "icmf"}, "unknown flow: 'icmf' .did you mean 'icfm'"), ({"aug": "blur"}, "blur"),
+                          ({"batch_size": 5000}, "5000"), ({"dataset": "moons-5k"}, "700 training points")]:
+        with pytest.raises(ValueError, match=words):
+            new_trainer(configured(**change))
+    with pytest.raises(FileNotFoundError, match="flowbook prepare digits"):
+        new_trainer(configured(dataset="digits-1k"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sigterm_saves_and_exits_with_143(configured, new_trainer):
+    trainer = new_trainer(configured(), callbacks=[PressCtrlC(5, signal.SIGTERM)])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    assert read_checkpoint(trainer.folder / "last.pt")["step"] == 5
+    assert read_summary(trainer.folder)["status"] == "interrupted"
+
+
+def test_a_second_signal_stops_at_once_and_saves_no_half_step(configured, new_trainer):
+    class TwiceInAStep(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x, t, cond=None):
+            self.calls += 1
+            if self.calls == 4 and self.training:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("the second signal did not interrupt")
+            return self.net(x, t)
+
+    config = configured(arch="own", arch_options={})
+    trainer = FlowTrainer(TwiceInAStep(create_model("mlp", (2,), width=16)), config, wandb_project=None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.step == 3
+    assert read_checkpoint(trainer.folder / "last.pt")["step"] < 4
+
+
+def test_a_callbacks_error_is_the_users_and_the_run_says_failed(configured, new_trainer):
+    class Broken:
+        def on_step(self, trainer):
+            if trainer.step == 9:
+                raise KeyError("my own mistake")
+
+    trainer = new_trainer(configured(), callbacks=[Broken()])
+    with pytest.raises(KeyError, match="my own mistake"):
+        trainer.train()
+    assert read_summary(trainer.folder)["error"] == "KeyError: 'my own mistake'"
+    resumed = new_trainer(configured(), resume_path="auto")
+    assert resumed.step == 9
+    assert resumed.train()["status"] == "finished" and read_summary(trainer.folder)["status"] == "finished"
+
+
+def poison_weights(trainer):
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] = math.nan
+
+
+def poison_gradients(trainer):
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+
+
+@pytest.mark.parametrize(("poison", "words"), [
+    (poison_gradients, "the norm of the gradient is nan in step 31"),
+    (poison_weights, "the loss is nan in step 31|weights that are NaN or infinite after step 30"),
+])
+def test_nan_is_named_and_never_saved(configured, new_trainer, poison, words):
+    class Poison:
+        def on_step(self, trainer):
+            if trainer.step == 30:
+                poison(trainer)
+
+    trainer = new_trainer(configured(epochs=20, log_every=1000), callbacks=[Poison()])
+    with pytest.raises(NotFinite, match=words):
+        trainer.train()
+    assert read_summary(trainer.folder)["status"] == "failed"
+    for name in ("last.pt", "best.pt"):
+        weights = read_checkpoint(trainer.folder / name)["model"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_training_leaves_the_users_random_state_alone(configured, new_trainer):
+    trainer = new_trainer(configured(arch_options={"width": 16, "dropout": 0.5}, aug="mixup+noise"))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    trainer.train()
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = [torch.rand(3) for _ in range(2)]
+    torch.manual_seed(123)
+    assert torch.equal(torch.rand(3), draws[0])
+
+
+def test_the_exam_is_the_same_for_every_batch_size_and_leaves_the_model_alone(configured, new_trainer):
+    first, second = new_trainer(configured()), new_trainer(configured(batch_size=50, arch_options={"width": 16, "depth": 2}))
+    assert_same(first.exam, second.exam)
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+    losses = {first.validate() for _ in range(3)}
+    assert len(losses) == 1 and first.model.training
+    assert_same(dict(first.model.state_dict()), before)
+
+
+def test_the_loss_of_a_new_network_is_what_it_must_be(configured, new_trainer, data_dir):
+    trainer = new_trainer(configured())
+    points = trainer.val_dataset.tensor
+    expected = 1 + points.square().mean().item()       # E|x1 - x0|² with x0 ~ N(0, I), a network that answers 0
+    assert abs(trainer.validate() - expected) < 5 * 2 / math.sqrt(points.numel())
+
+
+def test_a_grid_of_settings_trains(configured, new_trainer):
+    changes = dict(ema_decay=0, grad_clip=0, patience=0, schedule="constant", ema_warmup=False, weight_decay=0, warmup_steps=0, seed=7)
+    for name, value in changes.items():
+        trainer = new_trainer(configured(**{name: value}, epochs=1, checkpoint_dir=f"{configured().checkpoint_dir}-{name}"))
+        assert trainer.train()["status"] == "finished"
+        if name == "ema_decay":
+            assert_same(dict(trainer.ema.module.state_dict()), dict(trainer.model.state_dict()))
+
+
+def test_a_run_that_died_before_its_summary_gets_one(configured, new_trainer):
+    trainer = new_trainer(configured())
+    trainer.train()
+    (trainer.folder / "summary.json").write_text(json.dumps({"status": "running"}))     # as after a kill right before the end
+    new_trainer(configured(), resume_path="auto").train()
+    assert read_summary(trainer.folder)["status"] == "finished"
+
+
+def test_batch_normalisation_and_frozen_weights(configured):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Linear(16, 2))
+            self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+        def forward(self, x, t, cond=None):
+            return self.frozen(self.layers(torch.cat([x, t[:, None]], 1)))
+
+    torch.manual_seed(0)
+    model = Net()
+    frozen = model.frozen.weight.clone()
+    trainer = FlowTrainer(model, configured(arch="own", arch_options={}), wandb_project=None)
+    trainer.train()
+    assert torch.equal(model.frozen.weight, frozen)
+    assert torch.equal(trainer.ema.module.layers[1].running_mean, model.layers[1].running_mean)
+
+
+def test_images_of_your_own_from_a_file(tmp_path, new_trainer, configured):
+    torch.save(torch.rand(60, 3, 4, 4), tmp_path / "pictures.pt")
+    prepare_dataset(tmp_path / "pictures.pt", tmp_path / "data")
+    config = configured(dataset="pictures-all", data_dir=str(tmp_path / "data"), batch_size=20)
+    trainer = FlowTrainer(create_model("mlp", (3, 4, 4), width=16), config, wandb_project=None)
+    assert trainer.train()["status"] == "finished"
