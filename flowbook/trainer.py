@@ -104,8 +104,8 @@ class StopRequest:
         self.signal = None
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         def note(number, frame):
+            self.raise_if_received()
             self.signal = number
-            for each, handler in before.items(): signal.signal(each, handler)
         for number in before: signal.signal(number, note)
         try: yield
         finally:

@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import assert_same
-from flowbook.checkpoint import FORMAT, CheckpointError, read_checkpoint, write_checkpoint
+from flowbook.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_checkpoint,
+    load_checkpoint_with_stats_check,
+    read_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
+from flowbook.config import TrainingConfig
+from flowbook.data import NormalizationStats
+from flowbook.early_stopping import EarlyStopping
+from flowbook.ema import EMAModel
+from flowbook.scheduler import create_scheduler
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-2**62, 2**62) | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -66,3 +79,38 @@ def test_a_failed_save_names_the_path_and_leaves_the_old_state(checkpoint, monke
 
 def test_torch_reads_a_sealed_file(checkpoint):
     assert torch.equal(torch.load(checkpoint, weights_only=True)["weights"], torch.arange(300.0))
+
+
+def parts(width=4):
+    model = torch.nn.Linear(2, width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return dict(model=model, ema=EMAModel(model), optimizer=optimizer, scheduler=create_scheduler("cosine", optimizer, 2, 10),
+                early_stopping=EarlyStopping())
+
+
+def test_a_restore_goes_model_ema_optimizer_scheduler_early_stopping(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", **parts(), epoch=3, step=20, best_val_loss=0.5, config=TrainingConfig())
+    run, order = parts(), []
+    for name, part in run.items():
+        def load(state, name=name, load=part.load_state_dict):
+            order.append(name)
+            return load(state)
+        monkeypatch.setattr(part, "load_state_dict", load)
+    assert load_checkpoint(tmp_path / "last.pt", **run) == (3, 0.5)
+    assert order == ["model", "ema", "optimizer", "scheduler", "early_stopping"]
+
+
+def test_other_statistics_are_an_error_or_a_warning(tmp_path, capsys):
+    mine, other = (NormalizationStats(torch.tensor([0.0, shift]), torch.ones(2)) for shift in (0.0, 0.25))
+    other.save(tmp_path / "stats.pt")
+    save_checkpoint(tmp_path / "last.pt", **parts(), epoch=3, step=20, best_val_loss=0.5, config=TrainingConfig(), stats=mine)
+    run = parts()
+    before = {name: value.clone() for name, value in run["model"].state_dict().items()}
+    for current in (other, tmp_path / "stats.pt"):
+        with pytest.raises(ValueError, match=r"FAILED. mean differs in 1 of 2 features \(1\), by up to 0.25"):
+            load_checkpoint_with_stats_check(tmp_path / "last.pt", **run, current_stats=current)
+    assert_same(dict(run["model"].state_dict()), before)
+    with pytest.warns(UserWarning, match="mean differs in 1 of 2 features"):
+        assert load_checkpoint_with_stats_check(tmp_path / "last.pt", **run, current_stats=other, on_mismatch="warn") == (3, 0.5)
+    load_checkpoint_with_stats_check(tmp_path / "last.pt", **run, current_stats=mine)
+    assert capsys.readouterr().out == "Stats consistency check: PASSED\n"
