@@ -40,7 +40,7 @@ def verified_content(path: str | os.PathLike) -> bytes:
     if not path.is_file(): raise CheckpointError(f"{path} is not there" if not path.exists() else f"{path} is not a file")
     content = path.read_bytes()
     if content[-_COMMENT_LENGTH:-64] != DIGEST_MARK:
-        raise CheckpointError(f"{path} ({len(content)} bytes) does not end with a SHA-256: it is cut off or no checkpoint of flowbook's")
+        raise CheckpointError(f"{path} ({len(content)} bytes) does not end with a SHA-256: it is cut off, or not written by flowbook")
     found, recorded = hashlib.sha256(memoryview(content)[:-64]).hexdigest(), content[-64:].decode("ascii", "replace")
     if found != recorded: raise CheckpointError(f"{path} is damaged: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…")
     return content

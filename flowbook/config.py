@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Schedule', 'STATS_FILE', 'MAY_CHANGE_ON_RESUME', 'split_dataset_name', 'prepared_sources', 'atomic_path',
-           'TrainingConfig', 'fixed_differences']
+           'TrainingConfig', 'unknown_name', 'fixed_differences']
 
 # %% ../nbs/00_config.ipynb #b6344186
 import difflib, json, math, os, re, tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
@@ -115,7 +115,7 @@ class TrainingConfig:
     flow_options: dict = field(default_factory=dict)    # Options of the flow, such as sigma
     noise_std: float = 0.1              # Standard deviation of augmentation noise, in units of normalised data
     mixup_alpha: float = 0.2            # Mixup weights are drawn from Beta(alpha, alpha)
-    seed: int = 42                      # Decides every random draw of the run, the network's first weights included
+    seed: int = 42                      # Decides every random draw of the run (and the first weights, through set_seed)
     epochs: int = 300                   # Passes over the training points, at most
     batch_size: int = 64                # Points per step
     lr: float = 1e-3                    # Peak learning rate of AdamW
@@ -132,8 +132,8 @@ class TrainingConfig:
     data_dir: str = "datasets"          # Where prepared data sets lie
     checkpoint_dir: str = "checkpoints" # Where runs are kept, one folder each
     device: str = "auto"                # Where to train: auto, cpu, cuda, cuda:1, mps
-    expected_gpus: tuple[str, ...] = ("A5000", "L40S")  # GPUs that the study is run on; a run warns about any other
-    expected_cuda_visible_devices: str | None = "1"     # What CUDA_VISIBLE_DEVICES should be; a run warns about another
+    expected_gpus: tuple[str, ...] = ("A5000", "L40S")  # GPUs of the study; `flowbook train` warns about another
+    expected_cuda_visible_devices: str | None = "1"     # Likewise CUDA_VISIBLE_DEVICES; None: any
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _validated(f.name, f.type, getattr(self, f.name)))
@@ -201,6 +201,12 @@ class TrainingConfig:
 
 # %% ../nbs/00_config.ipynb #beda1177
 def _defaults() -> TrainingConfig: return TrainingConfig()
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    "The error for a name that is in no table: what it may have meant, and what there is"
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"unknown {kind}: {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; known: {', '.join(known) or 'none'}"
 
 def _unknown_fields(unknown: list[str], known: list[str]) -> str:
     "The error for names that are no field"

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['COLLECTIONS', 'SAMPLERS', 'READERS', 'SPLITS', 'RECORD_FILE', 'AUGMENTATIONS', 'digits', 'moons', 'eight_gaussians',
            'checkerboard', 's_curve', 'check_points', 'read_points', 'NormalizationStats', 'split_points',
-           'count_of_size', 'fingerprint', 'PreparedDataset', 'unknown_name', 'prepare_dataset', 'FlowDataset',
-           'BatchLoader', 'create_dataloader', 'symmetric_beta', 'add_noise', 'mix_up', 'create_augmentation']
+           'count_of_size', 'fingerprint', 'PreparedDataset', 'prepare_dataset', 'FlowDataset', 'BatchLoader',
+           'create_dataloader', 'symmetric_beta', 'add_noise', 'mix_up', 'create_augmentation']
 
 # %% ../nbs/03_data.ipynb #0a7f757b
-import copy, csv, difflib, hashlib, json, math, os, pickle, re, shutil, tempfile, zipfile
+import copy, csv, hashlib, json, math, os, pickle, re, shutil, tempfile, zipfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from .config import LIMITS, STATS_FILE, atomic_path, prepared_sources, split_dataset_name
+from .config import LIMITS, STATS_FILE, atomic_path, prepared_sources, split_dataset_name, unknown_name
 from .randomness import Randomness
 try: import fcntl
 except ImportError: fcntl = None            # Windows has no file locks of this kind
@@ -359,11 +359,6 @@ def _found(folder: Path, asked: PreparedDataset) -> PreparedDataset:
                           f"{asked.points} from {asked.source}, seed {asked.seed}, and they are not the same; {advice}")
 
 # %% ../nbs/03_data.ipynb #3cabe47c
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    "The error for a name that is in no table, with the one that was meant and those that are known"
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"unknown {kind} {name!r}{f' (did you mean {close[0]}?)' if close else ''}. Known are: {', '.join(known)}"
-
 def _check_name(name: str) -> None:
     "`ValueError` when a data set can't be called so"
     allowed, words = LIMITS["dataset"]

@@ -14,7 +14,7 @@ import torch
 def select_device(
     name: str = "auto",     # auto, cpu, cuda, cuda:1, mps
 ) -> torch.device:          # With its index where it is a GPU
-    "The device of that name; `auto` is the first GPU if there is one, else the CPU. `RuntimeError` when it is not there."
+    "The device of that name; `auto` is the first CUDA GPU if there is one, else the CPU. `ValueError` when it is not there."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
@@ -22,16 +22,16 @@ def select_device(
         if device.index is None: device = torch.device("cuda", 0)
         if device.index >= count:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-            raise RuntimeError(f"device={name!r} is not there: PyTorch {torch.__version__} sees {count} GPU(s), with "
+            raise ValueError(f"device={name!r} is not there: PyTorch {torch.__version__} sees {count} GPU(s), with "
                                f"CUDA_VISIBLE_DEVICES={visible}; device='auto' takes what there is")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RuntimeError("device='mps' is not there: PyTorch sees no Apple GPU; device='auto' takes what there is")
+        raise ValueError("device='mps' is not there: PyTorch sees no Apple GPU; device='auto' takes what there is")
     return device
 
 # %% ../nbs/01_device.ipynb #367610ec
 @dataclass(frozen=True)
 class GPU:
-    "What was found: the first visible GPU, or none"
+    "What was found: a visible GPU, or none"
     name: str | None                # As the driver calls it; None without a GPU
     memory_gib: float | None        # Total memory in GiB; None without a GPU
     cuda_visible_devices: str | None    # The environment variable; None when it is not set
@@ -41,11 +41,13 @@ class GPU:
         if self.name is None: return f"No GPU: training on the CPU ({visible})"
         return f"GPU {self.name}, {self.memory_gib:.1f} GiB, {visible}"
 
-def find_gpu() -> GPU:
-    "Look for the first visible GPU"
+def find_gpu(
+    index: int = 0,     # Which of the visible GPUs
+) -> GPU:
+    "Look for a visible GPU"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available(): return GPU(None, None, visible)
-    found = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(index)
     return GPU(found.name, found.total_memory / 2**30, visible)
 
 # %% ../nbs/01_device.ipynb #c0c801e9
@@ -69,9 +71,10 @@ def unexpected(
 def verify_gpu(
     expected_gpus: tuple[str, ...] = ("A5000", "L40S"),     # Parts of the names of the GPUs that are fine; empty: any
     expected_cuda_visible_devices: str | None = "1",        # The value that is fine; None: any
+    index: int = 0,                                         # Which of the visible GPUs a run would use
 ) -> GPU:                                                   # What was found
     "Print the GPU's name and memory and CUDA_VISIBLE_DEVICES, and warn when they are not the expected ones"
-    gpu = find_gpu()
+    gpu = find_gpu(index)
     print(gpu)
     for complaint in unexpected(gpu, expected_gpus, expected_cuda_visible_devices): warnings.warn(complaint, stacklevel=2)
     return gpu

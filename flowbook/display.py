@@ -22,9 +22,11 @@ def can_be_drawn(data_shape: tuple[int, ...]) -> bool:
 def image_grid(
     images: Tensor,             # Shape (n, channels, height, width), 1 or 3 channels
     columns: int | None = None, # Images in a row; None: as many as rows
+    like: Tensor | None = None, # Images whose range of values is black to white; None: these
 ) -> Tensor:                    # One image, shape (height, width, channels), between 0 and 1
     "Lay images side by side"
-    low, high = images.float().quantile(.01), images.float().quantile(.99)
+    values = (images if like is None else like).flatten()[:10_000_000].float()      # As many as `quantile` takes
+    low, high = values.quantile(.01), values.quantile(.99)
     images = ((images.float() - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
@@ -35,7 +37,7 @@ def image_grid(
 
 def plot_samples(
     samples: Tensor,                # Shape (n, 2) or (n, channels, height, width)
-    data: Tensor | None = None,     # Data points to draw behind them (points in the plane only)
+    data: Tensor | None = None,     # Data to draw behind points, or to take the range of grey from
     axes: "Axes | None" = None,     # Where to draw; None: a new figure
 ) -> "Axes":
     "Draw samples: images as a grid, points in the plane as dots over the data. `ValueError` for other shapes."
@@ -50,7 +52,7 @@ def plot_samples(
         axes.set_aspect("equal")
         if data is not None: axes.legend(loc="upper right", markerscale=4)
     else:
-        axes.imshow(image_grid(samples), cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(image_grid(samples, like=None if data is None else data.detach().cpu()), cmap="gray_r", vmin=0, vmax=1)
         axes.set_axis_off()
     return axes
 

@@ -23,7 +23,7 @@ def ema_decay_at(
 class EMAModel:
     "An exponential moving average of a model's parameters, kept in a module of its own"
     def __init__(self,
-        model: nn.Module,           # The model to follow; it is copied, not kept
+        model: nn.Module,           # The model to average; the average starts as a copy of it
         decay: float = 0.9999,      # At least 0 and below 1; 0: the copy equals the model after each update
         warmup: bool = True,        # min(decay, (1+n)/(10+n)) at update n, else decay from the start
     ):
@@ -48,7 +48,7 @@ class EMAModel:
         return {"module": self.module.state_dict(), "decay": self.decay, "warmup": self.warmup, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        "Go on from a `state_dict`. Weights that do not fit raise torch's `RuntimeError`, and nothing is changed."
+        "Go on from a `state_dict`. Weights that do not fit raise `ValueError`, and nothing is changed."
         check_weights_fit(self.module, state["module"], "the EMA")
         self.module.load_state_dict(state["module"])
         self.decay, self.warmup, self.updates = state["decay"], state["warmup"], state["updates"]

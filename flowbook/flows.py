@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FLOWS', 'FlowSample', 'IndependentCoupling', 'time_like', 'LinearPath', 'UniformTime', 'Flow', 'FlowRow',
-           'register_flow', 'create_flow', 'unknown_name']
+           'register_flow', 'create_flow']
 
 # %% ../nbs/04_flows.ipynb #2a57416f
-import difflib, inspect
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
+from .config import unknown_name
 
 # %% ../nbs/04_flows.ipynb #c76f0397
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def register_flow(
     path: Callable = LinearPath,                # Makes the path, likewise
     time: Callable = UniformTime,               # Makes the distribution of times, likewise
 ) -> None:
-    "Add a row to the table, so that `create_flow` and the command line know it. `ValueError` if the name is taken."
+    "Add a row to the table, so that `create_flow` and `TrainingConfig.flow` mean it. `ValueError` if the name is taken."
     if name in FLOWS: raise ValueError(f"a flow named {name!r} is there already: choose another name")
     FLOWS[name] = FlowRow(coupling, path, time)
 
@@ -151,8 +152,3 @@ def create_flow(
     for option in options:
         if option not in known: raise ValueError(unknown_name(f"option of flow {name!r}", option, known))
     return Flow(name, *(maker(**{o: options[o] for o in names if o in options}) for maker, names in zip(makers, wanted)))
-
-def unknown_name(kind: str, name: str, known) -> str:
-    "The error for a name that is in no table: what it may have meant, and what there is"
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"unknown {kind}: {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; known: {', '.join(sorted(known)) or 'none'}"

@@ -10,7 +10,7 @@ import inspect, math
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from .flows import unknown_name
+from .config import unknown_name
 
 # %% ../nbs/05_nets.ipynb #69271f72
 class TimeFeatures(nn.Module):
@@ -89,7 +89,7 @@ def register_model(
     arch: str,                          # Name to be known by
     make: Callable[..., nn.Module],     # Class or function of data_shape and options
 ) -> None:
-    "Add a network to the table, so that `create_model` and the command line know it. `ValueError` if the name is taken."
+    "Add a network to the table, so that `create_model` and checkpoints know it. `ValueError` if the name is taken."
     if arch in ARCHITECTURES: raise ValueError(f"a network named {arch!r} is there already: choose another name")
     ARCHITECTURES[arch] = make
 

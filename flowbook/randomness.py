@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/02_randomness.ipynb #d45b33c2
-STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation", "sample")
+STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation")
 
 def _scramble(word: int) -> int:
     "A one-to-one map of 32-bit words without visible pattern (MurmurHash3's finaliser)"

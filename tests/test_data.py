@@ -228,7 +228,7 @@ def test_files_that_are_no_files():
     for source, error, words in (("missing.npy", FileNotFoundError, "there is no file missing.npy"),
                                  ("folder.npy", IsADirectoryError, "is a folder"), ("bare", ValueError, "ending in nothing"),
                                  ("notes.txt", ValueError, "files ending in .txt are not known; known are .npy"),
-                                 ("mons", ValueError, "did you mean moons?"), (".", IsADirectoryError, "folder")):
+                                 ("mons", ValueError, "did you mean 'moons'?"), (".", IsADirectoryError, "folder")):
         with pytest.raises(error) as caught: prepare_dataset(source)
         assert words in str(caught.value)
     assert not Path("datasets").exists()
@@ -551,7 +551,7 @@ def test_augmentation_is_a_function_of_batch_and_generator(name, shape):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("mix",), "did you mean mixup"), (("noise", -1.), "noise_std=-1.0"), (("mixup", .1, 0.), "mixup_alpha=0.0"),
+    (("mix",), "did you mean 'mixup'"), (("noise", -1.), "noise_std=-1.0"), (("mixup", .1, 0.), "mixup_alpha=0.0"),
     (("noise", float("nan")), "noise_std=nan"), (("mixup", .1, float("inf")), "mixup_alpha=inf")])
 def test_augmentations_that_make_no_sense_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words): create_augmentation(*arguments)

@@ -174,6 +174,79 @@ def test_sigterm_saves_and_exits_with_143(configured, new_trainer):
     assert read_summary(trainer.folder)["status"] == "interrupted"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_stop_in_the_middle_of_validation_changes_nothing(tmp_path, configured, new_trainer, error):
+    config = configured()
+    unbroken = new_trainer(config)
+    unbroken.train()
+    other = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
+    stopped, validate = new_trainer(other), FlowTrainer.validate
+
+    def broken_validate():
+        if stopped.step == 14:
+            raise error
+        return validate(stopped)
+
+    stopped.validate = broken_validate
+    with pytest.raises(error):
+        stopped.train()
+    resumed = new_trainer(other, resume_path="auto")
+    assert (resumed.step, resumed.epoch) == (14, 2)
+    resumed.train()
+    assert_same(final_state(unbroken)[0], final_state(resumed)[0])
+    assert (unbroken.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
+
+
+def test_networks_that_misbehave(configured):
+    class Scaled(nn.Module):
+        """Changes its inputs in place, which is its own business."""
+
+        def __init__(self, outputs=2):
+            super().__init__()
+            self.layer = nn.Linear(3, outputs)
+
+        def forward(self, x, t, cond=None):
+            t *= 10
+            x -= 1
+            return self.layer(torch.cat([x, t[:, None]], 1))
+
+    config = configured(arch="own", arch_options={})
+    trainer = FlowTrainer(Scaled(), config, wandb_project=None)
+    assert trainer.validate() == trainer.validate() < 1000
+
+    class NarrowWhileTraining(Scaled):
+        def forward(self, x, t, cond=None):
+            return super().forward(x, t)[:, :1] if self.training else super().forward(x, t)
+
+    class Nothing(Scaled):
+        def forward(self, x, t, cond=None):
+            return None
+
+    with pytest.raises(ValueError, match=r"returned shape .100, 1. for points of shape .100, 2."):
+        FlowTrainer(NarrowWhileTraining(), config, wandb_project=None).train_epoch()
+    with pytest.raises(ValueError, match="returned NoneType for points of shape"):
+        FlowTrainer(Nothing(), config, wandb_project=None)
+    model = Scaled()
+    model.model_spec = {"arch": "own", "options": {"act": nn.ReLU}}
+    with pytest.raises(TypeError, match="state.model_spec.options.act"):
+        FlowTrainer(model, config, wandb_project=None)
+
+
+def test_validation_points_with_other_statistics_are_refused(configured):
+    train, val = (FlowDataset.from_tensor(torch.randn(200, 2) * scale) for scale in (1, 50))
+    with pytest.raises(ValueError, match="other statistics than the training points .mean differs"):
+        FlowTrainer(create_model("mlp", (2,), width=8), configured(), train, val, wandb_project=None)
+
+
+def test_a_folder_that_was_used_in_between_is_not_touched(configured, new_trainer):
+    first, second = new_trainer(configured()), new_trainer(configured())
+    first.train()
+    before = (first.folder / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        second.train()
+    assert (first.folder / "last.pt").read_bytes() == before
+
+
 def test_a_second_signal_stops_at_once_and_saves_no_half_step(configured, new_trainer):
     class TwiceInAStep(nn.Module):
         def __init__(self, net):
