@@ -85,6 +85,7 @@ def write_samples(
     seed: int = 0,              # Of the noise
     method: str = "dopri5",     # As for `TrainedFlow.sample`
     steps: int | None = None,   # Likewise
+    data: torch.Tensor | None = None,   # Data for the picture, as for `plot_samples`
 ) -> list[Path]:                # What was written
     "Draw samples and write them to files"
     samples = flow.sample(n, method=method, steps=steps, generator=torch.Generator().manual_seed(seed)).cpu()
@@ -93,7 +94,7 @@ def write_samples(
     import matplotlib
     matplotlib.use("agg")       # No window, and no error on a machine without a screen
     picture = path.with_suffix(".png")
-    figure = plot_samples(samples[:MOST_IMAGES] if samples.ndim > 2 else samples).figure
+    figure = plot_samples(samples[:MOST_IMAGES] if samples.ndim > 2 else samples, data).figure
     with atomic_path(picture) as temporary: figure.savefig(temporary, format="png", dpi=144, bbox_inches="tight")
     return [path, picture]
 
@@ -155,7 +156,9 @@ class Train:
             return 1
         picture = Path(summary["checkpoint_path"]).with_name("samples.png")
         if can_be_drawn(train.data_shape):
-            write_samples(load_flow(summary["checkpoint_path"], device=device), picture.with_suffix(".npy"), n=64)
+            n = 1000 if train.data_shape == (2,) else 64
+            flow = load_flow(summary["checkpoint_path"], device=device)
+            write_samples(flow, picture.with_suffix(".npy"), n, data=train.denormalize(train.tensor))
             summary["picture_path"] = str(picture)
         print(f"\n{summary_text(summary)}")
         return 0
