@@ -1,4 +1,4 @@
-"What the chapter on data can't show: broken and hostile files, kills, two processes at once, properties over many inputs."
+"What the chapters on sources and data can't show: broken and hostile files, kills, two processes at once, properties over many inputs."
 import os, pickle, signal, struct, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import numpy as np
@@ -9,9 +9,10 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats as distributions
 from flowbook import data
 from flowbook.config import STATS_FILE, prepared_sources
-from flowbook.data import (AUGMENTATIONS, READERS, SAMPLERS, FlowDataset, NormalizationStats, count_of_size, create_augmentation,
-                           create_dataloader, prepare_dataset, read_points, split_points, symmetric_beta)
+from flowbook.data import (AUGMENTATIONS, FlowDataset, NormalizationStats, count_of_size, create_augmentation, create_dataloader,
+                           prepare_dataset, split_points, symmetric_beta)
 from flowbook.randomness import Randomness
+from flowbook.sources import READERS, SAMPLERS, read_points
 
 BAD = "values are NaN, infinite or too large for float32, the first is"
 POINTS = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")

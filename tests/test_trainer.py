@@ -13,8 +13,8 @@ from flowbook.checkpoint import CheckpointError, read_checkpoint
 from flowbook.data import AUGMENTATIONS, FlowDataset, prepare_dataset
 from flowbook.flows import FLOWS
 from flowbook.nets import create_model
-from flowbook.tracking import read_metrics, read_summary
-from flowbook.trainer import FlowTrainer, NotFinite
+from flowbook.tracking import NotFinite, read_metrics, read_summary
+from flowbook.trainer import FlowTrainer
 
 
 class PressCtrlC:
