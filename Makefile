@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test lab check export readme clean
+.PHONY: help train test lab check export readme book clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -33,11 +33,14 @@ export: .venv/dev ## after changing notebooks: clean them, write the package and
 readme: .venv/dev ## write the README from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
-clean: ## remove caches (never environments, data or runs)
-	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+book: .venv/book ## make an HTML book of the notebooks as they are stored: book/index.html
+	$(BIN)/python -m tools.book
 
-# The environment. `package` and `dev` are empty files that say what is installed.
+clean: ## remove caches and the book (never environments, data or runs)
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
+	rm -rf .pytest_cache .ruff_cache .hypothesis book
+
+# The environment. `package`, `dev` and `book` are empty files that say what is installed.
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -53,4 +56,9 @@ clean: ## remove caches (never environments, data or runs)
 .venv/dev: .venv/package
 	@echo "Installing the development tools into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/book: .venv/dev
+	@echo "Installing what makes the book into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[book]'
 	@touch $@

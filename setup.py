@@ -28,6 +28,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         "dev": settings["dev_requirements"].split(),
+        "book": settings["book_requirements"].split(),
         "peers": settings["peers_requirements"].split(),
     },
     entry_points={"console_scripts": settings["console_scripts"].split()},

@@ -29,6 +29,7 @@ def seal(content: bytes) -> bytes:
     body = content[:-2] + _COMMENT_LENGTH.to_bytes(2, "little") + DIGEST_MARK
     return body + hashlib.sha256(body).hexdigest().encode()
 
+# %% ../nbs/10_checkpoint.ipynb #e3c49728
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be used; the message names the file and its fault"
 
@@ -58,6 +59,8 @@ def check_plain(value: Any, where: str = "state") -> None:
                         "turn it into a plain number, text, list, dictionary or tensor")
 
 # %% ../nbs/10_checkpoint.ipynb #3289093e
+FORMAT = "flowbook-checkpoint-1"
+
 def write_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     "Write a dictionary of plain types and tensors, whole or not at all. `TypeError` for anything else, `OSError` naming path and size"
     check_plain(state)
@@ -71,6 +74,7 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     except OSError as error:
         raise OSError(error.errno, f"could not save {path} ({len(content) / 1e6:.1f} MB are needed): {error.strerror or error}") from error
 
+# %% ../nbs/10_checkpoint.ipynb #111feb72
 def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
     "The dictionary in a checkpoint, its tensors on `device`. `CheckpointError` when it can't be used; nothing in it is executed"
     content = verified_content(path)
@@ -81,8 +85,6 @@ def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         found = state.get("format", "none") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is no checkpoint that this flowbook can read: its format is {found!r}, needed is {FORMAT!r}")
     return state
-
-FORMAT = "flowbook-checkpoint-1"
 
 # %% ../nbs/10_checkpoint.ipynb #706e0966
 def checkpoint_state(*,
@@ -107,6 +109,7 @@ def checkpoint_state(*,
             "stats": None if stats is None else {"mean": stats.mean, "std": stats.std},
             "progress": None, "data_fingerprint": None, "wandb_run_id": None} | (extra or {})
 
+# %% ../nbs/10_checkpoint.ipynb #a65b22c4
 def save_checkpoint(
     path: str | os.PathLike,    # The file; it is replaced as a whole or left as it was
     **state,                    # As for `checkpoint_state`
@@ -117,8 +120,8 @@ def save_checkpoint(
 # %% ../nbs/10_checkpoint.ipynb #c750c33c
 def restore(
     state: dict[str, Any],              # As `read_checkpoint` returns it
-    model: nn.Module,
-    ema: EMAModel | None = None,
+    model: nn.Module,                   # Takes the raw weights
+    ema: EMAModel | None = None,        # A part that is None stays out of it
     optimizer=None,
     scheduler=None,
     early_stopping: EarlyStopping | None = None,
@@ -138,10 +141,11 @@ def restore(
         if part is not None: part.load_state_dict(state[name])
     return state["epoch"], state["best_val_loss"]
 
+# %% ../nbs/10_checkpoint.ipynb #c01abdcc
 def load_checkpoint(
-    path: str | os.PathLike,
-    model: nn.Module,
-    ema: EMAModel | None = None,
+    path: str | os.PathLike,                # A checkpoint; `CheckpointError` when it can't be used
+    model: nn.Module,                       # Takes the raw weights
+    ema: EMAModel | None = None,            # A part that is None stays out of it
     optimizer=None,
     scheduler=None,
     early_stopping: EarlyStopping | None = None,
@@ -154,7 +158,7 @@ def load_checkpoint(
 def check_stats(
     state: dict[str, Any],                                      # As `read_checkpoint` returns it
     current_stats: NormalizationStats | str | os.PathLike,      # Of the data at hand, or the file that holds them
-    on_mismatch: Literal["error", "warn"] = "error",
+    on_mismatch: Literal["error", "warn"] = "error",            # What to do when they differ
 ) -> None:
     "Compare a checkpoint's statistics with the data's: `ValueError` (or a warning) naming the features that differ and by how much"
     if on_mismatch not in ("error", "warn"): raise ValueError(f'on_mismatch={on_mismatch!r} is not allowed: it must be "error" or "warn"')
@@ -167,18 +171,18 @@ def check_stats(
     warnings.warn(problem, stacklevel=2)
 
 def load_checkpoint_with_stats_check(
-    path: str | os.PathLike,
-    model: nn.Module,
-    ema: EMAModel | None = None,
+    path: str | os.PathLike,                # A checkpoint; `CheckpointError` when it can't be used
+    model: nn.Module,                       # Takes the raw weights
+    ema: EMAModel | None = None,            # A part that is None stays out of it
     optimizer=None,
     scheduler=None,
     early_stopping: EarlyStopping | None = None,
     device: str | torch.device = "cpu",     # Where the tensors are read to
     *,
     current_stats: NormalizationStats | str | os.PathLike,      # Of the data at hand, or the file that holds them
-    on_mismatch: Literal["error", "warn"] = "error",
+    on_mismatch: Literal["error", "warn"] = "error",            # What to do when they differ
 ) -> tuple[int, float]:                     # The epoch to go on in, and the best validation loss so far
-    "`load_checkpoint`, after comparing the normalisation statistics; when they differ, nothing is loaded"
+    "`load_checkpoint`, after comparing the normalisation statistics; when they differ, nothing is loaded (unless a warning will do)"
     state = read_checkpoint(path, device)
     check_stats(state, current_stats, on_mismatch)
     return restore(state, model, ema, optimizer, scheduler, early_stopping)
@@ -194,6 +198,7 @@ def get_checkpoint_path(run_name: str, checkpoint_dir: str | os.PathLike = "chec
     "Where a run keeps its best checkpoint"
     return run_folder(run_name, checkpoint_dir) / "best.pt"
 
+# %% ../nbs/10_checkpoint.ipynb #c9926c49
 def inspect_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     "What a checkpoint holds, without building the network: its run, how far it got, its versions, its size"
     state = read_checkpoint(path)

@@ -29,17 +29,18 @@ def split_points(
     points: Tensor,         # Shape (n, *data_shape), n at least 10
     seed: int,              # Decides the order
 ) -> dict[str, Tensor]:     # train (the rest), validation (10%), test (20%); each point is in one of them
-    "The points in one seeded order, cut into splits"
+    "The points in one seeded order, cut into splits; `ValueError` when there are fewer than 10"
     count = len(points)
     if count < 10: raise ValueError(f"{count} points are too few to split: at least 10 are needed, so that 10% is a point")
     order = torch.randperm(count, generator=Randomness(seed).generator("split"))
     return dict(zip(SPLITS, points[order].split([count - count // 10 - count // 5, count // 10, count // 5])))
 
+# %% ../nbs/04_data.ipynb #26bbe98c
 def count_of_size(
     size: str | int | None,     # As in 1k, 500 or all; None is all
     available: int,             # How many training points there are
 ) -> int:                       # At most `available`
-    "The number of training points that a size means"
+    "The number of training points that a size means; `ValueError` when it means none, or more than there are"
     text = "all" if size is None else str(size)
     if not re.fullmatch(r"[1-9]\d{0,11}k?|all", text):
         raise ValueError(f"size={size!r} is not allowed: it must be a number of points, as in 500 or 5k, or all")
@@ -112,6 +113,7 @@ class NormalizationStats:
         return (f"NormalizationStats(data_shape={self.data_shape}, mean {self.mean.min():.4g} to {self.mean.max():.4g}, "
                 f"std {self.std.min():.4g} to {self.std.max():.4g})")
 
+# %% ../nbs/04_data.ipynb #2f6abb41
 def _difference(name: str, mine: Tensor, other: Tensor, std: Tensor) -> str:
     "How two tensors of statistics differ in words; '' when they agree"
     gap = (mine - other).abs()
@@ -119,7 +121,7 @@ def _difference(name: str, mine: Tensor, other: Tensor, std: Tensor) -> str:
     if not differing: return ""
     places = [str(place[0] if len(place) == 1 else tuple(place)) for place in differing]
     shown = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
-    most, relative = gap.argmax(), (gap / other.abs())[gap > 0].max()
+    most, relative = gap.argmax(), (gap / torch.maximum(mine.abs(), other.abs()))[gap > 0].max()
     return (f"{name} differs in {len(places)} of {gap.numel()} features ({shown}), by up to {gap.max():.4g} "
             f"({mine.flatten()[most]:.6g} against {other.flatten()[most]:.6g}), relatively by up to {relative:.2%}")
 
@@ -166,6 +168,7 @@ class PreparedDataset:
         return (f"{self.path}: {self.points} points of shape {self.data_shape} from {self.source}, seed {self.seed} ({counts}), "
                 f"sizes {', '.join(self.sizes)}{'' if self.new else '; it was there already, and nothing was changed'}")
 
+# %% ../nbs/04_data.ipynb #36c0cd98
 def _write_dataset(folder: Path, splits: dict[str, Tensor], prepared: PreparedDataset) -> None:
     "The five files of a data set"
     folder.mkdir()
@@ -175,6 +178,7 @@ def _write_dataset(folder: Path, splits: dict[str, Tensor], prepared: PreparedDa
     record = {name: value for name, value in vars(prepared).items() if name not in ("path", "new")}
     with atomic_path(folder/RECORD_FILE) as temporary: temporary.write_text(json.dumps(record, indent=2) + "\n")
 
+# %% ../nbs/04_data.ipynb #f5d6fa7d
 def _found(folder: Path, asked: PreparedDataset) -> PreparedDataset:
     "The data set in a folder that exists; `FileExistsError` when it is another than was asked for, or none"
     advice = "choose another name (name=..., --name), or remove the folder"
@@ -199,6 +203,7 @@ def _check_name(name: str) -> None:
     if split_dataset_name(name)[1]:
         raise ValueError(f"name={name!r} is not allowed: its end would be read as a size; choose another (name=..., --name)")
 
+# %% ../nbs/04_data.ipynb #7182dbcc
 def prepare_dataset(
     source: str | os.PathLike,      # digits; moons, 8gaussians, checkerboard, scurve; or a file of vectors or images
     data_dir: str | os.PathLike = "datasets",   # Where prepared data sets lie
@@ -231,7 +236,7 @@ def prepare_dataset(
                 return asked
     return _found(folder, asked)
 
-# %% ../nbs/04_data.ipynb #389d1349
+# %% ../nbs/04_data.ipynb #c41965d0
 def _open_rows(path: Path) -> np.ndarray:
     "A prepared split, mapped into memory rather than read; `ValueError` naming the file when it is anything else"
     try:
@@ -240,8 +245,9 @@ def _open_rows(path: Path) -> np.ndarray:
         return rows
     except Exception as error: raise ValueError(f"{path} is damaged: {error}; remove its folder and prepare again") from error
 
+# %% ../nbs/04_data.ipynb #389d1349
 class FlowDataset:
-    "Normalised points of one split, with the statistics that lead back to raw units"
+    "Normalised points of one split, with their statistics; `FileNotFoundError` or `ValueError` in words when there are none"
     def __init__(self,
         data_dir: str | os.PathLike,    # Where prepared data sets lie
         name: str,                      # Which of them, as in digits
@@ -266,7 +272,7 @@ class FlowDataset:
         x: Tensor,                                  # Points in raw units, shape (n, *data_shape), floats or integers
         stats: NormalizationStats | None = None,    # How to normalise them; by default by their own statistics
     ) -> "FlowDataset":
-        "A data set of any tensor, on the device where it is"
+        "A data set of any tensor, on the device where it is; `ValueError` for what can't be points"
         x = torch.as_tensor(x).detach()
         if x.ndim < 2 or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"x holds {x.dtype} of shape {tuple(x.shape)}; it must be numbers of shape (n, *data_shape)")
@@ -314,7 +320,7 @@ def data_sets(
     train: FlowDataset | None = None,   # Training points, instead of those it names
     val: FlowDataset | None = None,     # Validation points, likewise
 ) -> tuple[FlowDataset, FlowDataset]:   # Training and validation points
-    "The data sets that were given, or those that a configuration names"
+    "The data sets that were given, or those that a configuration names; `ValueError` or `FileNotFoundError` in words"
     if train is None and val is not None: raise ValueError("val_dataset was given without train_dataset: give both, or neither")
     if train is None:
         config.validate_stats_path()
@@ -327,12 +333,13 @@ def data_sets(
                          "make them with FlowDataset.from_tensor(x, stats=train_dataset.stats)")
     return train, val
 
-# %% ../nbs/04_data.ipynb #8c9791c6
+# %% ../nbs/04_data.ipynb #e5783cd3
 def _place(points: Tensor, device: torch.device) -> Tensor:
     "The points on `device`; where they are when they would take more than half of a GPU's free memory"
     comes = device.type == "cuda" and points.device.type == "cpu"
     return points if comes and points.nbytes > torch.cuda.mem_get_info(device)[0] // 2 else points.to(device)
 
+# %% ../nbs/04_data.ipynb #8c9791c6
 class BatchLoader:
     "Batches of a tensor, each epoch in an order of its own; made by `create_dataloader`"
     def __init__(self, points: Tensor, batch_size: int, shuffle: bool, seed: int, drop_last: bool, device: torch.device):
@@ -368,6 +375,7 @@ class BatchLoader:
             batch = self.points.index_select(0, order[k * self.batch_size:(k + 1) * self.batch_size])
             yield batch.pin_memory().to(self.device, non_blocking=True) if self.copies else batch
 
+# %% ../nbs/04_data.ipynb #afc1947c
 def create_dataloader(
     dataset: FlowDataset,       # The points
     batch_size: int,            # Points in a batch
@@ -399,17 +407,18 @@ def symmetric_beta(
 
 # %% ../nbs/04_data.ipynb #d11d7c23
 def add_noise(x: Tensor, generator: torch.Generator, noise_std: float, **others) -> Tensor:
-    "x + noise_std·ε, with ε from N(0, I)"
+    "x + noise_std·ε, with ε from N(0, I); shapes (batch, *data_shape)"
     return x + noise_std * torch.randn(x.shape, device=generator.device, generator=generator).to(x)
 
 def mix_up(x: Tensor, generator: torch.Generator, mixup_alpha: float, **others) -> Tensor:
-    "λ·x + (1-λ)·x', with λ from Beta(mixup_alpha, mixup_alpha) for each point, and x' the batch in another order"
+    "λ·x + (1-λ)·x', λ from Beta(mixup_alpha, mixup_alpha) for each point, x' the batch in another order (Zhang et al., 2018)"
     weight = symmetric_beta(len(x), mixup_alpha, generator).to(x).view(-1, *[1] * (x.ndim - 1))
     partner = torch.randperm(len(x), device=generator.device, generator=generator).to(x.device)
     return weight * x + (1 - weight) * x.index_select(0, partner)
 
 AUGMENTATIONS = {"none": (), "noise": (add_noise,), "mixup": (mix_up,), "mixup+noise": (mix_up, add_noise)}
 
+# %% ../nbs/04_data.ipynb #2bb9a464
 def create_augmentation(
     name: str,                      # A row of AUGMENTATIONS: none, noise, mixup, mixup+noise
     noise_std: float = 0.1,         # Standard deviation of the noise, in units of normalised data; at least 0

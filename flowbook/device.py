@@ -6,7 +6,7 @@
 __all__ = ['select_device', 'GPU', 'find_gpu', 'unexpected', 'verify_gpu']
 
 # %% ../nbs/01_device.ipynb #f7bd9eb3
-import os, warnings
+import os, re, warnings
 from dataclasses import dataclass
 import torch
 
@@ -14,7 +14,9 @@ import torch
 def select_device(
     name: str = "auto",     # auto, cpu, cuda, cuda:1, mps
 ) -> torch.device:          # With its index where it is a GPU
-    "The device of that name; `auto` is the first CUDA GPU if there is one, else the CPU. `ValueError` when it is not there."
+    "The device of that name; `auto` is the first CUDA GPU if there is one, else the CPU. `ValueError` when there is none"
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r} is not allowed: it must be auto, cpu, cuda, a GPU by its number such as cuda:1, or mps")
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
@@ -41,6 +43,7 @@ class GPU:
         if self.name is None: return f"No GPU: training on the CPU ({visible})"
         return f"GPU {self.name}, {self.memory_gib:.1f} GiB, {visible}"
 
+# %% ../nbs/01_device.ipynb #f781c72b
 def find_gpu(
     index: int = 0,     # Which of the visible GPUs
 ) -> GPU:

@@ -25,7 +25,7 @@ class EarlyStopping:
     def step(self,
         val_loss: float,    # The validation loss
     ) -> bool:              # Stop now?
-        "Take in one validation; afterwards `improved` says whether it was the best so far"
+        "Take in one validation; afterwards `improved` says whether it was an improvement"
         self.improved = val_loss < self.best_loss - self.min_delta
         if self.improved: self.best_loss, self.counter = float(val_loss), 0
         else: self.counter += 1
@@ -50,9 +50,9 @@ EXAM_BLOCK = 256
 def validation_exam(
     flow,                       # As `create_flow` makes it
     points: Tensor,             # Normalised validation points, shape (n, *data_shape)
-    seed: int,                  # The run's seed
+    seed: int,                  # The run's seed, 0 to 2**32 - 1
 ) -> list[tuple[Tensor, Tensor, Tensor]]:   # Blocks of (x_t, t, u_t), of 256 points and one of what is left
-    "The questions and answers of every validation of a run"
+    "The questions and answers of every validation of a run: points on the paths, their times, their velocities, on the CPU"
     randomness, blocks = Randomness(seed), []
     for number, x1 in enumerate(points.cpu().split(EXAM_BLOCK)):
         generator = randomness.generator("validation", number)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def ema_decay_at(
     updates: int,           # Updates made before this one
     decay: float,           # The decay to end at, at least 0 and below 1
-    warmup: bool = True,    # Begin lower
-) -> float:                 # The decay of this update
+    warmup: bool = True,    # Begin lower, at 0.1
+) -> float:                 # The decay of this update, at most `decay`
     "min(decay, (1+n)/(10+n)) with warm-up, else `decay`"
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
@@ -23,7 +23,7 @@ def ema_decay_at(
 class EMAModel:
     "An exponential moving average of a model's parameters, kept in a module of its own"
     def __init__(self,
-        model: nn.Module,           # The model to average; the average starts as a copy of it
+        model: nn.Module,           # The model to average; the average starts as a copy of it, on the same device
         decay: float = 0.9999,      # At least 0 and below 1; 0: the copy equals the model after each update
         warmup: bool = True,        # min(decay, (1+n)/(10+n)) at update n, else decay from the start
     ):
@@ -36,7 +36,7 @@ class EMAModel:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         "Move the average towards the model's parameters, and copy its buffers"
-        if self._followed is None or self._followed[0] is not model:        # Listing parameters costs as much as the update
+        if self._followed is None or self._followed[0] is not model:        # List them once, not at every update
             self._followed = model, list(model.parameters()), list(model.buffers())
         _, parameters, buffers = self._followed
         torch._foreach_lerp_(self._parameters, parameters, 1 - ema_decay_at(self.updates, self.decay, self.warmup))
@@ -44,7 +44,7 @@ class EMAModel:
         self.updates += 1
 
     def state_dict(self) -> dict:
-        "The averaged weights and how many updates made them"
+        "The averaged weights, the settings, and how many updates were made"
         return {"module": self.module.state_dict(), "decay": self.decay, "warmup": self.warmup, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
@@ -59,7 +59,7 @@ def check_weights_fit(
     weights: dict[str, Tensor], # What would be loaded
     name: str = "the model",    # How to call it in the error
 ) -> None:
-    "Raise `ValueError` naming every missing, unexpected or differently shaped weight, before anything is loaded"
+    "Raise `ValueError` naming the missing, unexpected and differently shaped weights (the first five of them); nothing is loaded"
     mine, problems = module.state_dict(), []
     def shape(value): return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     problems += [f"{key} is missing" for key in mine if key not in weights]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOWS', 'FlowSample', 'IndependentCoupling', 'time_like', 'LinearPath', 'UniformTime', 'Flow', 'FlowRow',
-           'register_flow', 'create_flow']
+           'create_flow', 'register_flow']
 
 # %% ../nbs/05_flows.ipynb #2a57416f
 import inspect
@@ -53,7 +53,7 @@ class LinearPath:
         x0: Tensor,     # Source points, shape (batch, *data_shape)
         x1: Tensor,     # Data points, same shape
         t: Tensor,      # Times between 0 and 1, shape (batch,)
-        generator: torch.Generator | None = None,   # Draws ε
+        generator: torch.Generator | None = None,   # Draws ε; not needed when sigma is 0
     ) -> tuple[Tensor, Tensor]:     # x_t and u_t, shapes of x0
         "Points on the path and their velocities"
         x_t = torch.lerp(x0, x1, time_like(t, x0))
@@ -75,6 +75,11 @@ class UniformTime:
         "One time from each of n equal slices, in random order; shape (n,)"
         slices = torch.randperm(n, device=device, generator=generator)
         return (slices + torch.rand(n, device=device, generator=generator)) / n
+
+# %% ../nbs/05_flows.ipynb #aa88c9df
+def _spelt(part) -> str:
+    "`LinearPath(sigma=0.1)` for a part of a flow"
+    return f"{type(part).__name__}({', '.join(f'{name}={value}' for name, value in vars(part).items() if not name.startswith('_'))})"
 
 # %% ../nbs/05_flows.ipynb #c14be478
 class Flow:
@@ -116,10 +121,6 @@ class Flow:
 
     def __repr__(self) -> str: return f"Flow({self.name!r}: {_spelt(self.coupling)} × {_spelt(self.path)} × {_spelt(self.time)})"
 
-def _spelt(part) -> str:
-    "`LinearPath(sigma=0.1)` for a part of a flow"
-    return f"{type(part).__name__}({', '.join(f'{name}={value}' for name, value in vars(part).items() if not name.startswith('_'))})"
-
 # %% ../nbs/05_flows.ipynb #8d9fad77
 @dataclass(frozen=True)
 class FlowRow:
@@ -130,16 +131,7 @@ class FlowRow:
 
 FLOWS: dict[str, FlowRow] = {"icfm": FlowRow()}
 
-def register_flow(
-    name: str,              # Name to be known by
-    coupling: Callable = IndependentCoupling,   # Makes the coupling; its arguments are options of the flow
-    path: Callable = LinearPath,                # Makes the path, likewise
-    time: Callable = UniformTime,               # Makes the distribution of times, likewise
-) -> None:
-    "Add a row to the table, so that `create_flow` and `TrainingConfig.flow` mean it. `ValueError` if the name is taken."
-    if name in FLOWS: raise ValueError(f"a flow named {name!r} is there already: choose another name")
-    FLOWS[name] = FlowRow(coupling, path, time)
-
+# %% ../nbs/05_flows.ipynb #d2cb9e49
 def create_flow(
     name: str,      # A row of FLOWS
     **options,      # Of its coupling, its path or its time
@@ -152,3 +144,14 @@ def create_flow(
     for option in options:
         if option not in known: raise ValueError(unknown_name(f"option of flow {name!r}", option, known))
     return Flow(name, *(maker(**{o: options[o] for o in names if o in options}) for maker, names in zip(makers, wanted)))
+
+# %% ../nbs/05_flows.ipynb #1a9232a3
+def register_flow(
+    name: str,              # Name to be known by
+    coupling: Callable = IndependentCoupling,   # Makes the coupling; its arguments are options of the flow
+    path: Callable = LinearPath,                # Makes the path, likewise
+    time: Callable = UniformTime,               # Makes the distribution of times, likewise
+) -> None:
+    "Add a row to the table, so that `create_flow` and `TrainingConfig.flow` mean it. `ValueError` if the name is taken."
+    if name in FLOWS: raise ValueError(f"a flow named {name!r} is there already: choose another name")
+    FLOWS[name] = FlowRow(coupling, path, time)

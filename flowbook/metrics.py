@@ -18,13 +18,14 @@ def as_vectors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) < 2: raise ValueError(f"the sets have {len(x)} points: at least 2 are needed")
     return x.flatten(1).double(), y.flatten(1).double()
 
+# %% ../nbs/13_metrics.ipynb #d3efd9a1
 def sliced_wasserstein(
     x: Tensor,                  # Points, shape (n, *data_shape)
     y: Tensor,                  # As many other points, same shape
     projections: int = 1000,    # Directions to look from
     seed: int = 0,              # Of the directions
 ) -> float:                     # In the units of the data, 0 or more
-    "Sliced 2-Wasserstein distance (Bonneel et al., 2015) of two sets of points"
+    "Sliced 2-Wasserstein distance (Bonneel et al., 2015) of two sets of points. `ValueError` as for `as_vectors`."
     x, y = as_vectors(x, y)
     directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(x.device)
     directions /= directions.norm(dim=0)
@@ -36,7 +37,9 @@ def nearest_neighbour_accuracy(
     x: Tensor,      # Points, shape (n, *data_shape)
     y: Tensor,      # As many other points, same shape
 ) -> float:         # 0.5: can't be told apart; 1: always; near 0: copies of each other
-    "Leave-one-out accuracy of a 1-nearest-neighbour classifier between two sets (Lopez-Paz and Oquab, 2017)"
+    """Leave-one-out accuracy of a 1-nearest-neighbour classifier between two sets (Lopez-Paz and Oquab, 2017).
+
+    It holds all (2n)² distances in memory. `ValueError` as for `as_vectors`."""
     points = torch.cat(as_vectors(x, y))
     from_x = torch.arange(len(points), device=points.device) < len(x)
     nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(1)

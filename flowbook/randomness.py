@@ -12,9 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# %% ../nbs/02_randomness.ipynb #d45b33c2
-STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation")
-
+# %% ../nbs/02_randomness.ipynb #60b00093
 def _scramble(word: int) -> int:
     "A one-to-one map of 32-bit words without visible pattern (MurmurHash3's finaliser)"
     word ^= word >> 16
@@ -23,12 +21,15 @@ def _scramble(word: int) -> int:
     word = word * 0xC2B2AE35 & 0xFFFFFFFF
     return word ^ word >> 16
 
+# %% ../nbs/02_randomness.ipynb #d45b33c2
+STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation")
+
 def random_key(
     seed: int,      # The run's seed, 0 to 2**32 - 1
     stream: str,    # What is drawn: one of STREAMS
     index: int,     # Which step, epoch or block, 0 to 2**28 - 1
 ) -> int:           # A seed for a `torch.Generator`; its low 32 bits differ for every (stream, index) of a run
-    "The key of one random draw"
+    "The key of one random draw; `ValueError` for an unknown stream or an index out of range"
     if stream not in STREAMS: raise ValueError(f"stream={stream!r} is unknown: it must be one of {', '.join(STREAMS)}")
     if not 0 <= index < 2**28: raise ValueError(f"index={index} is not allowed: it must be between 0 and 2**28 - 1")
     word = STREAMS.index(stream) << 28 | index
@@ -57,7 +58,7 @@ class Randomness:
     ) -> None:
         "Seed the global generators, which layers such as dropout draw from, for one step"
         key = random_key(self.seed, stream, index)
-        torch.default_generator.manual_seed(key)        # 2 µs, where `torch.manual_seed` visits every backend for 240 µs
+        torch.default_generator.manual_seed(key)        # `torch.manual_seed` would visit every backend, at every step
         if self.device.type == "cuda": torch.cuda.default_generators[_index(self.device)].manual_seed(key)
 
 def _index(device: torch.device) -> int: return torch.cuda.current_device() if device.index is None else device.index

@@ -33,6 +33,7 @@ def find_start(
                               "To start over: --overwrite, or overwrite=True; the old folder is moved aside, not deleted")
     return there[0] if there and resume_path == "auto" else None
 
+# %% ../nbs/11_runs.ipynb #c3d11b02
 def move_aside(folder: str | os.PathLike) -> Path | None:
     "Rename a folder to the first free `NAME.old-1`, `NAME.old-2`, ...; None when there is nothing to move"
     folder = Path(folder)
@@ -66,7 +67,7 @@ class Saver:
         folder: str | os.PathLike,          # The run's folder
         state: Callable[[], dict],          # Returns the run's state as it is now
         pause: float = 100,                 # Least time between saves, in units of what the last one took
-        clock: Callable[[], float] = time.monotonic,    # Never jumps backwards
+        clock: Callable[[], float] = time.monotonic,    # Seconds; never jumps backwards
     ):
         self.folder, self.state, self.pause, self.clock = Path(folder), state, pause, clock
         self.pending_best, self._due_at = None, clock()

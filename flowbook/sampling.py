@@ -25,8 +25,8 @@ def integrate(
     x0: Tensor,             # Where to start, shape (batch, *data_shape)
     method: str = "dopri5", # euler, midpoint, rk4, or dopri5, which chooses its own steps
     steps: int | None = None,   # Steps of a fixed-step method (default 100); not for dopri5
-    rtol: float = 1e-5,     # Relative tolerance of dopri5
-    atol: float = 1e-5,     # Absolute tolerance of dopri5
+    rtol: float = 1e-5,     # Relative tolerance of each step of dopri5
+    atol: float = 1e-5,     # Absolute tolerance of each step of dopri5
 ) -> Tensor:                # Where the points are at t = 1, same shape
     "Solve dx/dt = v(x, t) from t = 0 to t = 1. `ValueError` for an unknown method or steps that do not fit it."
     from torchdiffeq import odeint
@@ -36,7 +36,8 @@ def integrate(
                          f"give rtol and atol, or one of {', '.join(FIXED_STEP_METHODS)}")
     if steps is not None and steps < 1: raise ValueError(f"steps={steps} is not allowed: it must be at least 1")
     times = torch.tensor([0., 1.], device=x0.device, dtype=x0.dtype)
-    options = {"step_size": 1 / (steps or 100)} if method in FIXED_STEP_METHODS else None
+    grid = torch.linspace(0, 1, (steps or 100) + 1, device=x0.device, dtype=x0.dtype)   # By its `step_size`, 61 steps would be 62
+    options = {"grid_constructor": lambda *_: grid} if method in FIXED_STEP_METHODS else {"step_t": times[1:]}      # No step past 1
     def at_time(t, x): return velocity(x, t.expand(len(x)))     # torchdiffeq has one time for all, a network one for each
     return odeint(at_time, x0, times, method=method, options=options, rtol=rtol, atol=atol)[-1]
 
@@ -61,8 +62,8 @@ class TrainedFlow:
         n: int | None = None,       # How many; not needed with x0
         method: str = "dopri5",     # euler, midpoint, rk4, or dopri5, which chooses its own steps
         steps: int | None = None,   # Steps of a fixed-step method (default 100); not for dopri5
-        rtol: float = 1e-5,         # Relative tolerance of dopri5
-        atol: float = 1e-5,         # Absolute tolerance of dopri5
+        rtol: float = 1e-5,         # Relative tolerance of each step of dopri5
+        atol: float = 1e-5,         # Absolute tolerance of each step of dopri5, in normalised units
         generator: torch.Generator | None = None,   # Draws the noise; one on the CPU gives the same noise on every device
         x0: Tensor | None = None,   # Noise to start from, shape (n, *data_shape), instead of drawing it
         batch_size: int = 10_000,   # Points integrated together; dopri5 chooses its steps for all of them
@@ -78,11 +79,12 @@ class TrainedFlow:
         ends = [integrate(self.model, points, method, steps, rtol, atol) for points in x0.to(self.device).split(batch_size)]
         return self.stats.denormalize(torch.cat(ends))
 
+# %% ../nbs/12_sampling.ipynb #36d91a8e
 def load_flow(
     path: str | os.PathLike,                # A checkpoint, such as a run's best.pt
     model: nn.Module | None = None,         # The network to load into, when it is one of your own
     device: str | torch.device = "cpu",     # Where to sample
-) -> TrainedFlow:
+) -> TrainedFlow:                           # Ready to draw; in evaluation mode
     "The trained flow in a checkpoint, with its EMA weights. `CheckpointError` for a damaged file, `ValueError` for another network"
     state = read_checkpoint(path, device)
     if model is None:

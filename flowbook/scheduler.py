@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def cosine_with_warmup(
     step: int,                  # Steps made so far, 0 or more
     num_warmup_steps: int,      # Steps of linear rise, 0 or more
-    num_training_steps: int,    # Steps after which the end is reached, and held
+    num_training_steps: int,    # Steps after which the end is reached, and held; 1 or more
     num_cycles: float = 0.5,    # Waves between warm-up and end; 0.5 goes from the peak to 0
 ) -> float:                     # Factor of the peak learning rate, 0 to 1
     "Linear warm-up, then a cosine (Loshchilov and Hutter, 2017, arXiv 1608.03983), then its end value for ever"
@@ -33,9 +33,9 @@ def get_cosine_schedule_with_warmup(
     num_warmup_steps: int,      # Steps of linear rise, 0 or more
     num_training_steps: int,    # Steps after which the end is reached, and held; 1 or more
     num_cycles: float = 0.5,    # Waves between warm-up and end; 0.5 goes from the peak to 0
-    last_epoch: int = -1,       # Steps made before, minus 1, when an optimizer goes on without the scheduler's state
+    last_epoch: int = -1,       # Steps made before, minus 1, when an optimiser goes on without the scheduler's state
 ) -> LambdaLR:
-    "A PyTorch scheduler for `cosine_with_warmup`; call its `step()` after each step of the optimizer"
+    "A PyTorch scheduler for `cosine_with_warmup`, to be stepped after the optimiser. `ValueError` for a number out of range"
     _check_plan(num_warmup_steps, num_training_steps)
     return LambdaLR(optimizer, partial(cosine_with_warmup, num_warmup_steps=num_warmup_steps,
                                        num_training_steps=num_training_steps, num_cycles=num_cycles), last_epoch)
@@ -54,7 +54,8 @@ def create_scheduler(
     num_warmup_steps: int,      # Steps of linear rise, 0 or more
     num_training_steps: int,    # Steps planned; a constant rate does not look at them
 ) -> LambdaLR:
-    "The scheduler that a configuration's `schedule` names"
+    "The scheduler that a configuration's `schedule` names. `ValueError` for another name, or steps that are no plan"
+    _check_plan(num_warmup_steps, num_training_steps)
     if name == "cosine": return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps)
     if name == "constant": return LambdaLR(optimizer, partial(constant_with_warmup, num_warmup_steps=num_warmup_steps))
     raise ValueError(f"schedule={name!r} is unknown: it must be cosine or constant")

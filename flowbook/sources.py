@@ -27,26 +27,27 @@ COLLECTIONS = {"digits": digits}
 
 # %% ../nbs/03_sources.ipynb #2f714929
 def moons(points: int, generator: torch.Generator) -> Tensor:
-    "Two interleaved half circles, one after the other and each in order, with one-sided noise; shape (points, 2)"
+    "Two interleaved half circles, one after the other and each in order, with one-sided noise, as in TorchCFM; shape (points, 2)"
     device = generator.device
     a, b = (torch.linspace(0, math.pi, n, device=device) for n in (points // 2, points - points // 2))
     arcs = torch.cat([torch.stack([a.cos(), a.sin()], 1), torch.stack([1 - b.cos(), 0.5 - b.sin()], 1)])
     return (arcs + 0.2 * torch.rand(points, 1, device=device, generator=generator)) * 3 - 1
 
 def eight_gaussians(points: int, generator: torch.Generator) -> Tensor:
-    "Eight centres on a circle of radius 5, each with Gaussian noise of variance √0.1 a coordinate; shape (points, 2)"
+    "Eight centres on a circle of radius 5, with Gaussian noise of variance √0.1 a coordinate, as in TorchCFM; shape (points, 2)"
     angle = torch.randint(8, (points,), device=generator.device, generator=generator) * (math.pi / 4)
     noise = torch.randn(points, 2, device=generator.device, generator=generator)
     return 5 * torch.stack([angle.cos(), angle.sin()], 1) + 0.1**0.25 * noise
 
+# %% ../nbs/03_sources.ipynb #d4e75cf0
 def checkerboard(points: int, generator: torch.Generator) -> Tensor:
-    "The eight dark squares of a 4×4 board, each of side 2; shape (points, 2), values -4 to 4"
+    "The eight dark squares of a 4×4 board, each of side 2, as in FFJORD; shape (points, 2), values -4 to 4"
     x, y = torch.rand(2, points, device=generator.device, generator=generator)
     x, lower = 4 * x - 2, torch.randint(2, (points,), device=generator.device, generator=generator)
     return 2 * torch.stack([x, y - 2 * lower + x.floor() % 2], 1)
 
 def s_curve(points: int, generator: torch.Generator) -> Tensor:
-    "A letter S, two units wide and four high, with Gaussian noise of 0.1; shape (points, 2)"
+    "A letter S, two units wide and four high, with Gaussian noise of deviation 0.1; shape (points, 2)"
     t = 3 * math.pi * (torch.rand(points, device=generator.device, generator=generator) - 0.5)
     noise = torch.randn(points, 2, device=generator.device, generator=generator)
     return torch.stack([t.sin(), t.sign() * (t.cos() - 1)], 1) + 0.1 * noise
@@ -69,7 +70,7 @@ def _read_array(file: BinaryIO, size: int) -> np.ndarray:
 def _read_npy(path: Path) -> np.ndarray:
     with open(path, "rb") as file: return _read_array(file, path.stat().st_size)
 
-# %% ../nbs/03_sources.ipynb #5ef4f5ef
+# %% ../nbs/03_sources.ipynb #63972fdf
 def _only(arrays: dict[str, Any]) -> Any:
     "The only value; `ValueError` that names the keys when there are several or none"
     if len(arrays) == 1: return next(iter(arrays.values()))
@@ -82,8 +83,9 @@ def _read_npz(path: Path) -> np.ndarray:
             raise ValueError(f"{member.filename} claims {member.file_size:,} bytes, more than this file can hold")
         with archive.open(member) as file: return _read_array(file, member.file_size)
 
+# %% ../nbs/03_sources.ipynb #5ef4f5ef
 def load_torch_file(path: Path) -> Any:
-    "What `torch.save` wrote, if it is made of tensors and plain containers only; nothing in it is executed"
+    "What `torch.save` wrote, on the CPU; `ValueError` when there is more in it than tensors and plain containers, and nothing is executed"
     with zipfile.ZipFile(path) as archive:
         declared = sum(member.file_size for member in archive.infolist())
         if declared > path.stat().st_size: raise ValueError(f"its members claim {declared:,} bytes, more than this file can hold")
@@ -92,6 +94,7 @@ def load_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:     # its own message ends in advice to run the pickle
         raise ValueError("it is damaged, or holds pickled Python objects, which could run any code; nothing was run") from error
 
+# %% ../nbs/03_sources.ipynb #1adbe2ee
 def _as_array(tensor: Any) -> np.ndarray:
     if not isinstance(tensor, Tensor): raise ValueError(f"it holds a {type(tensor).__name__}, not a tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -137,7 +140,7 @@ def _read_csv(path: Path) -> np.ndarray:
             numbers.extend(map(float, row))
     return np.frombuffer(numbers).reshape(-1, width or 1)
 
-# %% ../nbs/03_sources.ipynb #d490b7b7
+# %% ../nbs/03_sources.ipynb #6c98a8c9
 def check_points(
     points: Tensor,         # Shape (n, *data_shape), float32
     where: str,             # Where they come from, for the error
@@ -153,6 +156,7 @@ def check_points(
     raise ValueError(f"{where}: {bad.sum():,} of {points.numel():,} values are NaN, infinite or too large for float32, "
                      f"the first is {value} in {place}")
 
+# %% ../nbs/03_sources.ipynb #d490b7b7
 def _as_points(values: np.ndarray, where: str) -> Tensor:
     "float32 points of shape (n, d) or (n, channels, height, width); `ValueError` in words for what can't be points"
     shape, wanted = values.shape, "points must be (n, features) or (n, channels, height, width)"
@@ -166,6 +170,7 @@ def _as_points(values: np.ndarray, where: str) -> Tensor:
     check_points(points, where, values)
     return points[:, None] if points.ndim == 3 else points
 
+# %% ../nbs/03_sources.ipynb #15b7c1d9
 READERS = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".safetensors": _read_safetensors, ".csv": _read_csv}
 
 def read_points(
@@ -195,7 +200,7 @@ def load_points(
         count = 10_000 if points is None else points
         if isinstance(count, bool) or not isinstance(count, int) or not 10 <= count <= 10**8:
             raise ValueError(f"points={points!r} is not allowed: it must be a whole number, 10 to 100,000,000")
-        return SAMPLERS[source](count, Randomness(seed).generator("split", 1))      # index 0 draws the order
+        return SAMPLERS[source](count, Randomness(seed).generator("split", 1))      # index 0 is for the order of the points (chapter 4)
     if points is not None: raise ValueError(f"points={points!r} is for what can be drawn ({', '.join(SAMPLERS)}), not {source}")
     if source in COLLECTIONS: return COLLECTIONS[source]()
     if Path(source).suffix or Path(source).exists(): return read_points(source)

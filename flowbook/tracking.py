@@ -22,6 +22,7 @@ def _json_values(values: dict[str, Any]) -> dict[str, Any]:
     "`values` with None for NaN and infinity, which JSON does not know"
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
 
+# %% ../nbs/14_tracking.ipynb #5ded4a20
 def _row(line: bytes) -> dict[str, Any] | None:
     "The row that a line of metrics.jsonl holds; None when the line is torn or damaged"
     try: row = json.loads(line)
@@ -31,7 +32,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def read_metrics(
     path: str | os.PathLike,    # A run's folder, or its metrics.jsonl
 ) -> list[dict[str, Any]]:      # The rows in the order in which they were written; NaN where a value was not finite
-    "Read the metrics of a run; torn lines are left out. Raises `FileNotFoundError` when there are none"
+    "Read the metrics of a run, without torn and damaged lines. `FileNotFoundError` with the path when the file is not there"
     path = Path(path)/METRICS_FILE if Path(path).is_dir() else Path(path)
     rows = [_row(line) for line in path.read_bytes().splitlines(keepends=True)]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows if row is not None]
@@ -41,7 +42,7 @@ def rewind_metrics(
     path: Path,     # metrics.jsonl; it need not exist
     step: int,      # The run goes on after this many steps; 0: it starts anew
 ) -> Path | None:   # Where the undone rows are now; None when there were none
-    "Keep the rows up to `step` and move all others, and torn lines, to `metrics-undone-after-step-{step}.jsonl` beside it"
+    "Keep the rows up to `step`; move all others, and torn lines, to `metrics-undone-after-step-{step}.jsonl` beside it (`-2`, `-3`, ...)"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     stays = [(row := _row(line)) is not None and 0 < row["step"] <= step for line in lines]
     if all(stays): return None
@@ -54,24 +55,25 @@ def rewind_metrics(
     with atomic_path(path) as temporary: temporary.write_bytes(kept)
     return aside
 
-# %% ../nbs/14_tracking.ipynb #c055d4d0
+# %% ../nbs/14_tracking.ipynb #e068abce
 class NotFinite(FloatingPointError):
     "A loss, gradient or weight that is NaN or infinite"
     def __init__(self, what: str):      # The value, and where it was found
         super().__init__(f"{what}: the weights can't be trusted any more, and are not saved. A lower learning rate, more warm-up steps "
                          "or a smaller grad_clip help most; look for extreme values in the data, too")
 
+# %% ../nbs/14_tracking.ipynb #c055d4d0
 class LossMeter:
     "Losses and gradient norms of the steps since the last row, and the running sum of the epoch, read from the device only when asked"
     def __init__(self):
         self._waiting, self.losses, self.grad_norm, self.epoch_sum, self.epoch_steps = [], [], 0.0, 0.0, 0
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        "Take in one step, without waiting for it"
+        "Take in one step, without waiting for it: loss and norm are tensors with one number each"
         self._waiting += [loss.detach(), grad_norm.detach()]
 
     def read(self, step: int) -> None:
-        "Bring what waits to the CPU. `NotFinite` naming the step when a value is NaN or infinite; `step` is the number of steps made."
+        "Bring what waits to the CPU; `step` is the number of steps made. `NotFinite` naming the first step with a NaN or infinite value."
         if not self._waiting: return
         values, self._waiting = torch.stack(self._waiting).tolist(), []
         for number, (loss, norm) in enumerate(zip(values[::2], values[1::2]), step - len(values) // 2 + 1):
@@ -96,9 +98,11 @@ class LossMeter:
         self.epoch_sum, self.epoch_steps = 0.0, 0
 
     def state_dict(self) -> dict:
+        "What `load_state_dict` needs to go on between two rows. What still waits is not in it: call `read` first."
         return {"losses": self.losses, "grad_norm": self.grad_norm, "epoch_sum": self.epoch_sum, "epoch_steps": self.epoch_steps}
 
     def load_state_dict(self, state: dict) -> None:
+        "Go on where `state_dict` was called"
         self._waiting, self.losses = [], list(state["losses"])
         self.grad_norm, self.epoch_sum, self.epoch_steps = state["grad_norm"], state["epoch_sum"], state["epoch_steps"]
 
@@ -111,7 +115,22 @@ class NoTracker:
     def close(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
         "Take what the run came to, and its best checkpoint"
 
-# %% ../nbs/14_tracking.ipynb #7a65f371
+# %% ../nbs/14_tracking.ipynb #54d68b0a
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    "Nothing is printed to stderr inside the block, and what happens at the interpreter's exit stays as it is"
+    hooks = sys.excepthook, sys.exit
+    try:
+        with contextlib.redirect_stderr(io.StringIO()): yield
+    finally: sys.excepthook, sys.exit = hooks
+
+def _in_one_line(error: BaseException) -> str:
+    "The kind of `error` and the beginning of what it says"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+def _warn(message: str) -> None: warnings.warn(message, stacklevel=4)
+
+# %% ../nbs/14_tracking.ipynb #c98ada91
 class NoRecord:
     "A record that keeps nothing, with the methods of a `RunRecord`: for training outside a run"
     wandb_run_id: str | None = None
@@ -122,6 +141,7 @@ class NoRecord:
     def pause(self, summary: dict[str, Any]) -> None: "The run was interrupted and can go on later"
     def fail(self, error: BaseException, summary: dict[str, Any] | None = None) -> None: "The run raised `error`"
 
+# %% ../nbs/14_tracking.ipynb #7a65f371
 class RunRecord(NoRecord):
     "metrics.jsonl and summary.json in a run's folder, and a tracker that is told the same"
     def __init__(self,
@@ -146,7 +166,9 @@ class RunRecord(NoRecord):
             raise OSError(error.errno, f"{error.strerror}: a row of metrics could not be written", self._file.name) from error
         self._tell("log", row)
 
-    def sync(self) -> None: os.fsync(self._file.fileno())
+    def sync(self) -> None:
+        "Everything logged so far is on the disk when this returns"
+        os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
         "The run is done: its status is `finished` unless `summary` says otherwise, its checkpoint goes to the tracker"
@@ -191,21 +213,6 @@ def read_summary(
     path = Path(run_dir)/SUMMARY_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
-# %% ../nbs/14_tracking.ipynb #54d68b0a
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    "Nothing is printed to stderr inside the block, and what happens at the interpreter's exit stays as it is"
-    hooks = sys.excepthook, sys.exit
-    try:
-        with contextlib.redirect_stderr(io.StringIO()): yield
-    finally: sys.excepthook, sys.exit = hooks
-
-def _in_one_line(error: BaseException) -> str:
-    "The kind of `error` and the beginning of what it says"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-def _warn(message: str) -> None: warnings.warn(message, stacklevel=4)
-
 # %% ../nbs/14_tracking.ipynb #3cfc4d72
 def _answers(
     url: str,               # The server's address
@@ -227,6 +234,7 @@ def _answers(
     thread.join(seconds)
     return answered.is_set()
 
+# %% ../nbs/14_tracking.ipynb #bad21c5d
 def _has_key(settings: Any) -> bool:
     "Is a key for W&B in the environment, in .netrc or in the settings? Nobody is asked for one"
     import wandb
@@ -235,6 +243,7 @@ def _has_key(settings: Any) -> bool:
     try: return wandb.login(prompt=False, verify=False)
     finally: settings.silent = silent
 
+# %% ../nbs/14_tracking.ipynb #024ab404
 def _wandb_mode() -> tuple[str, str | None]:
     "online, offline or disabled, and what the user should know about it"
     if os.environ.get("WANDB_MODE") == "disabled": return "disabled", None      # without importing W&B
@@ -253,6 +262,7 @@ def _wandb_mode() -> tuple[str, str | None]:
 WANDB_SETTINGS = dict(silent=True, console="off", disable_git=True, save_code=False, symlink=False, init_timeout=30,
                       finish_timeout=120, finish_timeout_raises=True)
 
+# %% ../nbs/14_tracking.ipynb #f5617aa0
 class WandbTracker(NoTracker):
     "A run at W&B: rows against their own step, the summary, the best checkpoint as an artifact"
     def __init__(self,
@@ -274,9 +284,12 @@ class WandbTracker(NoTracker):
         self.place = self.run.url if mode == "online" else os.path.dirname(self.run.dir)
         self.artifact_name = re.sub(r"[^A-Za-z0-9._-]", "-", config.run_name)
 
-    def log(self, row: dict[str, Any]) -> None: self.run.log(row)
+    def log(self, row: dict[str, Any]) -> None:
+        "Send a row; its `step` is a value like any other"
+        self.run.log(row)
 
     def close(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
+        "Send summary, tags and checkpoint, and end the run: with exit code 1 when its status is `failed`"
         failed = summary["status"] == "failed"
         others = [tag for tag in self.run.tags if tag not in ("failed", "flowbook")]
         self.run.tags = (*others, "flowbook", *(["failed"] if failed else []))
@@ -301,7 +314,7 @@ def open_record(
     wandb_run_id: str | None = None,    # The W&B run to go on with
     job_info: dict | None = None,       # More for W&B's page of the run, beside the configuration
 ) -> RunRecord:
-    "Open the record of a run. W&B that is missing, unreachable or broken costs one warning and a bounded wait, never the run"
+    "Open the record of a run; `OSError` when its folder can't be written. W&B that is missing or broken costs one warning, never the run"
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     config.save(Path(run_dir)/CONFIG_FILE)
     if project is not None: wandb_run_id = wandb_run_id or secrets.token_hex(4)

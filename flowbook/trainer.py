@@ -34,26 +34,29 @@ class Learner:
         model: nn.Module,                           # The velocity network; it is trained in place
         config: TrainingConfig,                     # Every choice of the run
         train_dataset: FlowDataset | None = None,   # None: the prepared data set that the configuration names
-        val_dataset: FlowDataset | None = None,     # None: its validation points, or a tenth held out from `train_dataset`
+        val_dataset: FlowDataset | None = None,     # None: its validation points, or a tenth of `train_dataset`
         device: str | None = None,                  # None: config.device
     ):
         self.config, self.flow = config, create_flow(config.flow, **config.flow_options)
         self.augment = create_augmentation(config.aug, config.noise_std, config.mixup_alpha)
         self.train_dataset, self.val_dataset = data_sets(config, train_dataset, val_dataset)
         self.device = select_device(device or config.device)
-        self.loader = create_dataloader(self.train_dataset, config.batch_size, shuffle=True, seed=config.seed, drop_last=True,
-                                        device=self.device)
+        self.loader = create_dataloader(self.train_dataset, config.batch_size, shuffle=True, seed=config.seed,
+                                        drop_last=True, device=self.device)
+        self.steps_per_epoch = len(self.loader)
         self.flow.fit(self.train_dataset)
         self.exam = [tuple(part.to(self.device) for part in block)
                      for block in validation_exam(self.flow, self.val_dataset.tensor, config.seed)]
 
         self.model = model.to(self.device)
         self.ema = EMAModel(self.model, config.ema_decay, config.ema_warmup)
-        self.optimizer = torch.optim.AdamW(trainable_parameters(self.model), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.steps_per_epoch = len(self.loader)
-        self.scheduler = create_scheduler(config.schedule, self.optimizer, config.warmup_steps, config.epochs * self.steps_per_epoch)
+        self.optimizer = torch.optim.AdamW(trainable_parameters(self.model), lr=config.lr,
+                                           weight_decay=config.weight_decay, fused=True)
+        self.scheduler = create_scheduler(config.schedule, self.optimizer, config.warmup_steps,
+                                          config.epochs * self.steps_per_epoch)
         self.early_stopping = EarlyStopping(config.patience, config.min_delta)
-        self.randomness, self.meter, self.stop_request = Randomness(config.seed, self.device), LossMeter(), StopRequest()
+        self.randomness = Randomness(config.seed, self.device)
+        self.meter, self.stop_request = LossMeter(), StopRequest()
         self.step, self.epoch = 0, 1        # Steps made; the epoch that is running
         x_t, t, _ = (part[:2].clone() for part in self.exam[0])
         with torch.no_grad(): check_velocity(self.ema.module(x_t, t), x_t)
@@ -98,10 +101,10 @@ class Learner:
 
     @torch.no_grad()
     def validate(self) -> float:
-        "Mean squared error of the averaged weights on the fixed exam. Neither the model nor any random state is touched."
+        "Mean squared error of the averaged weights on the fixed exam; touches neither the model nor any random state"
         total = count = 0
         for x_t, t, u_t in self.exam:
-            velocity = self.ema.module(x_t.clone(), t.clone())      # A network may work in place; the exam must stay as it is
+            velocity = self.ema.module(x_t.clone(), t.clone())      # A network may work in place; the exam must stay
             total += mse_loss(velocity, u_t, reduction="sum").double()
             count += u_t.numel()
             self.stop_request.raise_if_received()
@@ -115,7 +118,8 @@ class Learner:
     @property
     def status(self) -> str:
         "finished, early-stopped or unfinished"
-        return "finished" if self.epoch > self.config.epochs else "early-stopped" if self.early_stopping.should_stop else "unfinished"
+        if self.epoch > self.config.epochs: return "finished"
+        return "early-stopped" if self.early_stopping.should_stop else "unfinished"
 
     @property
     def finished(self) -> bool:
@@ -136,12 +140,12 @@ class FlowTrainer(Learner):
         model: nn.Module,                           # The velocity network; it is trained in place
         config: TrainingConfig,                     # Every choice of the run
         train_dataset: FlowDataset | None = None,   # None: the prepared data set that the configuration names
-        val_dataset: FlowDataset | None = None,     # None: its validation points, or a tenth held out from `train_dataset`
+        val_dataset: FlowDataset | None = None,     # None: its validation points, or a tenth of `train_dataset`
         device: str | None = None,                  # None: config.device
         wandb_project: str | None = "flowbook",     # Project on Weights & Biases; None: only the local record
-        resume_path: str | os.PathLike | None = None,   # "auto": go on where the run's folder says; a path: go on from that checkpoint
-        overwrite: bool = False,                    # Start anew although the run is there; the old folder is moved aside
-        callbacks: tuple = (),                      # Objects with some of on_train_start, on_step, on_epoch, on_train_end
+        resume_path: str | os.PathLike | None = None,   # "auto": go on with the newest state; a path: with that one
+        overwrite: bool = False,                    # Start anew although a run is there; it is moved aside
+        callbacks: tuple = (),                      # With some of on_train_start, on_step, on_epoch, on_train_end
     ):
         self.folder, self.wandb_project = run_folder(config.run_name, config.checkpoint_dir), wandb_project
         start = find_start(self.folder, resume_path, overwrite)
@@ -155,7 +159,7 @@ class FlowTrainer(Learner):
         elif resume_path == "auto": print(f"There is nothing to resume in {self.folder}: starting from the beginning")
 
     def train(self) -> dict[str, Any]:
-        "Train until the last epoch or until patience runs out; returns the summary. On a stop or an error the state is saved first."
+        "Train until the last epoch or until patience runs out; returns the summary. A stop or an error saves the state first."
         if self.finished: return self._report_finished()
         self._open()
         try:
@@ -180,7 +184,7 @@ class FlowTrainer(Learner):
             if self.step % self.config.log_every == 0: self._log_row()
             self._whole = True
             self._call("on_step")
-            if self.step < self.epoch * self.steps_per_epoch: self._saver.save_if_due()  # The last: when it is judged
+            if self.step < self.epoch * self.steps_per_epoch: self._saver.save_if_due()     # The last: once judged
         self.meter.read(self.step)
         val_loss = self.validate()
         if not math.isfinite(val_loss): raise NotFinite(f"the validation loss is {val_loss} after epoch {self.epoch}")
@@ -207,7 +211,7 @@ class FlowTrainer(Learner):
         if self._overwrite: move_aside(self.folder)
         elif self._new: find_start(self.folder)     # Has another trainer used the folder since this one was made?
         self._overwrite = self._new = False
-        self.record = open_record(self.folder, self.config, self.wandb_project, step=self.step, wandb_run_id=self._wandb_run_id)
+        self.record = open_record(self.folder, self.config, self.wandb_project, self.step, self._wandb_run_id)
         self._wandb_run_id = self.record.wandb_run_id
         self._saver, self._started = Saver(self.folder, self._state), time.monotonic()
 
@@ -234,10 +238,11 @@ class FlowTrainer(Learner):
             raise NotFinite(f"the network has weights that are NaN or infinite after step {self.step}")
         self.record.sync()
         return checkpoint_state(
-            model=self.model, ema=self.ema, optimizer=self.optimizer, scheduler=self.scheduler, early_stopping=self.early_stopping,
-            epoch=self.epoch, step=self.step, best_val_loss=self.best_val_loss, config=self.config, stats=self.train_dataset.stats,
-            extra={"progress": {"meter": self.meter.state_dict(), "seconds": self.seconds}, "wandb_run_id": self._wandb_run_id,
-                   "data_fingerprint": self.data_fingerprint})
+            model=self.model, ema=self.ema, optimizer=self.optimizer, scheduler=self.scheduler,
+            early_stopping=self.early_stopping, epoch=self.epoch, step=self.step, best_val_loss=self.best_val_loss,
+            config=self.config, stats=self.train_dataset.stats,
+            extra={"progress": {"meter": self.meter.state_dict(), "seconds": self.seconds},
+                   "wandb_run_id": self._wandb_run_id, "data_fingerprint": self.data_fingerprint})
 
     def _go_on_from(self, path: Path) -> None:
         "Restore everything from a checkpoint, after checking that it is this run"
@@ -255,22 +260,25 @@ class FlowTrainer(Learner):
         "Another number of epochs is another schedule: take the learning rate from it, and be patient again"
         if self.config.epochs > epochs_before and self.early_stopping.should_stop: self.early_stopping.counter = 0
         before, after = follow_schedule(self.optimizer, self.scheduler, self.step)
-        rate = f"the learning rate goes from {before:.3g} to {after:.3g}" if after != before else f"the learning rate stays at {after:.3g}"
-        print(f"The schedule is planned anew over {self.config.epochs} epochs instead of {epochs_before}: at step {self.step} {rate}")
+        change = f"goes from {before:.3g} to {after:.3g}" if after != before else f"stays at {after:.3g}"
+        print(f"The schedule is planned anew over {self.config.epochs} epochs instead of {epochs_before}: "
+              f"at step {self.step} the learning rate {change}")
 
     def _summary(self, status: str) -> dict[str, Any]:
-        reason = {"finished": "all epochs are done", "early-stopped": f"no improvement in {self.config.patience} validations",
-                  "interrupted": f"interrupted in epoch {self.epoch}", "failed": f"failed in epoch {self.epoch}"}[status]
+        reasons = {"finished": "all epochs are done",
+                   "early-stopped": f"no improvement in {self.config.patience} validations"}
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        return {"run": self.config.run_name, "status": status, "stop_reason": reason, "device": device, "final_epoch": self.epoch - 1,
-                "epochs": self.config.epochs, "steps": self.step, "best_val_loss": self.best_val_loss, "seconds": self.seconds,
-                "checkpoint_path": str(get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir)),
-                "metrics_path": str(self.folder / "metrics.jsonl")}
+        return {"run": self.config.run_name, "status": status, "device": device,
+                "stop_reason": reasons.get(status, f"{status} in epoch {self.epoch}"), "final_epoch": self.epoch - 1,
+                "epochs": self.config.epochs, "steps": self.step, "best_val_loss": self.best_val_loss,
+                "seconds": self.seconds, "metrics_path": str(self.folder / "metrics.jsonl"),
+                "checkpoint_path": str(get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir))}
 
     def _report_finished(self) -> dict[str, Any]:
         "Nothing left to train. A run that was killed between its last save and its summary gets its summary now."
         summary, written = self._summary(self.status), read_summary(self.folder)
-        print(f"The run {self.config.run_name} is finished: {summary['stop_reason']}. To train longer, ask for more epochs")
+        print(f"The run {self.config.run_name} is finished: {summary['stop_reason']}. "
+              "To train longer, ask for more epochs")
         if written.get("status") == self.status: return summary | {"seconds": written.get("seconds", self.seconds)}
         self._open()
         self.record.finish(summary, summary["checkpoint_path"])

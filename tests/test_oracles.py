@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowbook.flows import create_flow
+from flowbook.sampling import integrate
 from flowbook.scheduler import cosine_with_warmup, get_cosine_schedule_with_warmup
 
 
@@ -54,3 +55,23 @@ def test_the_schedule_agrees_with_transformers():
         return seen
 
     assert rates(get_cosine_schedule_with_warmup) == pytest.approx(rates(optimization.get_cosine_schedule_with_warmup), abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_solver_asks_for_no_time_outside_0_to_1_and_makes_the_steps_it_was_told(method, dtype):
+    m, s, stages = 1.5, 0.01, {"euler": 1, "midpoint": 2, "rk4": 4, "dopri5": 0}[method]
+    x0 = torch.linspace(-2, 2, 9, dtype=dtype)[:, None]
+    for steps in [1, 49, 61, 98, 109, 300] if stages else [None]:
+        asked = []
+
+        def velocity(x, t, asked=asked):
+            asked.append(t[0].item())
+            t = t[:, None]
+            return m + (t * s**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * s**2) * (x - t * m)
+
+        end = integrate(velocity, x0, method, steps)
+        assert min(asked) >= 0 and max(asked) <= 1
+        assert not stages or len(asked) == stages * steps
+    if method == "dopri5":
+        assert (end - (m + s * x0)).abs().max() < 1e-3
