@@ -103,7 +103,7 @@ class NormalizationStats:
         except Exception as error: raise ValueError(f"{path} holds no normalisation statistics: {error}") from error
 
     def difference(self, other: "NormalizationStats") -> str | None:
-        "How two statistics differ, in words; None when they agree to rounding (a millionth of the deviation)"
+        "How two statistics differ, in words; None when they agree to rounding (a millionth of deviation or value)"
         if self.data_shape != other.data_shape: return f"shape {self.data_shape} against {other.data_shape}"
         pairs = {"mean": (self.mean, other.mean), "std": (self.std, other.std)}
         parts = [_difference(name, mine.cpu(), theirs.cpu(), self.std.cpu()) for name, (mine, theirs) in pairs.items()]

@@ -66,10 +66,11 @@ class Saver:
     def __init__(self,
         folder: str | os.PathLike,          # The run's folder
         state: Callable[[], dict],          # Returns the run's state as it is now
+        sync: Callable[[], None] = lambda: None,    # Called before a state is written: what it counts as logged must be on the disk
         pause: float = 100,                 # Least time between saves, in units of what the last one took
         clock: Callable[[], float] = time.monotonic,    # Seconds; never jumps backwards
     ):
-        self.folder, self.state, self.pause, self.clock = Path(folder), state, pause, clock
+        self.folder, self.state, self.sync, self.pause, self.clock = Path(folder), state, sync, pause, clock
         self.pending_best, self._due_at = None, clock()
 
     def hold_best(self) -> None:
@@ -78,13 +79,16 @@ class Saver:
 
     def save_best(self) -> None:
         "Write the best state, if one is waiting"
-        if self.pending_best is not None: write_checkpoint(self.folder / "best.pt", self.pending_best)
+        if self.pending_best is None: return
+        self.sync()
+        write_checkpoint(self.folder / "best.pt", self.pending_best)
         self.pending_best = None
 
     def save(self) -> None:
         "Write the best state if one is waiting, then the state as it is now"
         start = self.clock()
         self.save_best()
+        self.sync()
         write_checkpoint(self.folder / "last.pt", self.state())
         self._due_at = self.clock() + self.pause * (self.clock() - start)
 

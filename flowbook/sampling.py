@@ -36,7 +36,7 @@ def integrate(
                          f"give rtol and atol, or one of {', '.join(FIXED_STEP_METHODS)}")
     if steps is not None and steps < 1: raise ValueError(f"steps={steps} is not allowed: it must be at least 1")
     times = torch.tensor([0., 1.], device=x0.device, dtype=x0.dtype)
-    grid = torch.linspace(0, 1, (steps or 100) + 1, device=x0.device, dtype=x0.dtype)   # By its `step_size`, 61 steps would be 62
+    grid = torch.linspace(0, 1, (steps or 100) + 1, device=x0.device, dtype=x0.dtype)   # A step size of 1/61 would make 62
     options = {"grid_constructor": lambda *_: grid} if method in FIXED_STEP_METHODS else {"step_t": times[1:]}      # No step past 1
     def at_time(t, x): return velocity(x, t.expand(len(x)))     # torchdiffeq has one time for all, a network one for each
     return odeint(at_time, x0, times, method=method, options=options, rtol=rtol, atol=atol)[-1]

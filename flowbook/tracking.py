@@ -271,13 +271,12 @@ class WandbTracker(NoTracker):
         project: str,                   # W&B's project
         run_id: str,                    # The same id is the same run
         mode: str = "online",           # online or offline
-        job_info: dict | None = None,   # More to show beside the hyperparameters, such as the number of parameters
     ):
         import wandb
         settings = {name: value for name, value in WANDB_SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
         # create_new: a run of the user's own that is open in this process is neither ended nor written to
         self.run = wandb.init(project=project, group=config.group, name=config.run_name, id=run_id, resume="allow", mode=mode,
-                              config={**config.to_dict(), **(job_info or {})}, dir=os.fspath(run_dir), reinit="create_new",
+                              config=config.to_dict(), dir=os.fspath(run_dir), reinit="create_new",
                               settings=wandb.Settings(**settings))
         self.run.define_metric("*", step_metric="step")
         self.run_id = self.run.id
@@ -312,7 +311,6 @@ def open_record(
     project: str | None = None,         # W&B's project; None: no W&B
     step: int | None = None,            # Resumed after this many steps: rows after it are moved aside; None: a new run
     wandb_run_id: str | None = None,    # The W&B run to go on with
-    job_info: dict | None = None,       # More for W&B's page of the run, beside the configuration
 ) -> RunRecord:
     "Open the record of a run; `OSError` when its folder can't be written. W&B that is missing or broken costs one warning, never the run"
     Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -324,7 +322,7 @@ def open_record(
         try:
             with _quietly():
                 mode, message = _wandb_mode()
-                if mode != "disabled": tracker = WandbTracker(run_dir, config, project, wandb_run_id, mode, job_info)
+                if mode != "disabled": tracker = WandbTracker(run_dir, config, project, wandb_run_id, mode)
         except Exception as error: message = f"the run goes on without W&B ({_in_one_line(error)}); {METRICS_FILE} has every row"
     if message: _warn(message)
     return RunRecord(run_dir, step, tracker)

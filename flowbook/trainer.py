@@ -58,7 +58,8 @@ class Learner:
         self.randomness = Randomness(config.seed, self.device)
         self.meter, self.stop_request = LossMeter(), StopRequest()
         self.step, self.epoch = 0, 1        # Steps made; the epoch that is running
-        x_t, t, _ = (part[:2].clone() for part in self.exam[0])
+        few = 3 if self.train_dataset.data_shape[-1] == 2 else 2     # Not as many as features, or a misplaced t would fit
+        x_t, t, _ = (part[:few].clone() for part in self.exam[0])
         with torch.no_grad(): check_velocity(self.ema.module(x_t, t), x_t)
 
     def batches(self) -> Iterator[Tensor]:
@@ -160,6 +161,8 @@ class FlowTrainer(Learner):
 
     def train(self) -> dict[str, Any]:
         "Train until the last epoch or until patience runs out; returns the summary. A stop or an error saves the state first."
+        if not self._whole: raise RuntimeError("a step of this trainer was cut short or went wrong, so its weights can't be "
+                                               'trusted: make a new one with resume_path="auto"')
         if self.finished: return self._report_finished()
         self._open()
         try:
@@ -213,7 +216,7 @@ class FlowTrainer(Learner):
         self._overwrite = self._new = False
         self.record = open_record(self.folder, self.config, self.wandb_project, self.step, self._wandb_run_id)
         self._wandb_run_id = self.record.wandb_run_id
-        self._saver, self._started = Saver(self.folder, self._state), time.monotonic()
+        self._saver, self._started = Saver(self.folder, self._state, self.record.sync), time.monotonic()
 
     def _end(self, status: str, reason: BaseException | None = None) -> dict[str, Any]:
         "Save what there is to save, close the record and tell the callbacks; returns the summary"
@@ -232,11 +235,10 @@ class FlowTrainer(Learner):
         self._saver, self._started, self._seconds_before, self.record = None, None, self.seconds, NoRecord()
 
     def _state(self) -> dict[str, Any]:
-        "The run as it is now, its rows safe on the disk. `NotFinite` when its weights can't be trusted."
+        "The run as it is now; `NotFinite` when its weights can't be trusted"
         self.meter.read(self.step)
         if not nn.utils.get_total_norm(list(self.model.parameters())).isfinite():
             raise NotFinite(f"the network has weights that are NaN or infinite after step {self.step}")
-        self.record.sync()
         return checkpoint_state(
             model=self.model, ema=self.ema, optimizer=self.optimizer, scheduler=self.scheduler,
             early_stopping=self.early_stopping, epoch=self.epoch, step=self.step, best_val_loss=self.best_val_loss,

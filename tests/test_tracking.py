@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path, config):
 
 def test_what_is_in_the_offline_record(tmp_path, config, offline, capfd):
     checkpoint = tmp_path/"run"/"best.pt"
-    record, messages = caught(open_record, tmp_path/"run", config, project="a project", job_info={"parameters": 12})
+    record, messages = caught(open_record, tmp_path/"run", config, project="a project")
     checkpoint.write_bytes(b"weights")
     log_steps(record, [10, 20])
     record.log(25, 1, **{"val/loss": 0.5})
@@ -224,7 +224,7 @@ def test_what_is_in_the_offline_record(tmp_path, config, offline, capfd):
     run = found["run"]
     assert (run.project, run.run_group, run.display_name, run.run_id) == (
         "a project", "a study", "mlp-icfm-digits-1k-mixup+noise-s7", record.wandb_run_id)
-    expected = {**config.to_dict(), "parameters": 12}
+    expected = config.to_dict()
     assert {name: found["config"][name] for name in expected} == expected
     ours = [{name: value for name, value in row.items() if not name.startswith("_")} for row in found["history"]]
     assert ours == read_metrics(tmp_path/"run")

@@ -267,6 +267,8 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(configured, new_tr
         trainer.train()
     assert trainer.step == 3
     assert read_checkpoint(trainer.folder / "last.pt")["step"] < 4
+    with pytest.raises(RuntimeError, match="a step of this trainer was cut short"):
+        trainer.train()
 
 
 def test_a_callbacks_error_is_the_users_and_the_run_says_failed(configured, new_trainer):
@@ -381,3 +383,17 @@ def test_images_of_your_own_from_a_file(tmp_path, new_trainer, configured):
     config = configured(dataset="pictures-all", data_dir=str(tmp_path / "data"), batch_size=20)
     trainer = FlowTrainer(create_model("mlp", (3, 4, 4), width=16), config, wandb_project=None)
     assert trainer.train()["status"] == "finished"
+
+
+def test_a_time_that_is_not_broadcast_is_noticed_before_anything_is_written(configured, tmp_path):
+    class Misplaced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x, t, cond=None):
+            return self.layer(x) + t
+
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        FlowTrainer(Misplaced(), configured(arch="own", arch_options={}), wandb_project=None)
+    assert not (tmp_path / "runs").exists()
