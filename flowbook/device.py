@@ -6,17 +6,18 @@
 __all__ = ['select_device', 'GPU', 'find_gpu', 'unexpected', 'verify_gpu']
 
 # %% ../nbs/01_device.ipynb #f7bd9eb3
-import os, re, warnings
+import os, warnings
 from dataclasses import dataclass
 import torch
+from .config import LIMITS
 
 # %% ../nbs/01_device.ipynb #80733754
 def select_device(
     name: str = "auto",     # auto, cpu, cuda, cuda:1, mps
 ) -> torch.device:          # With its index where it is a GPU
     "The device of that name; `auto` is the first CUDA GPU if there is one, else the CPU. `ValueError` when there is none"
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r} is not allowed: it must be auto, cpu, cuda, a GPU by its number such as cuda:1, or mps")
+    allowed, words = LIMITS["device"]
+    if not allowed(name): raise ValueError(f"device={name!r} is not allowed: it must be {words}")
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":

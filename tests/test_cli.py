@@ -114,3 +114,12 @@ def test_gpu_says_what_is_there(flowbook):
 def test_the_version(flowbook):
     result = flowbook("--version")
     assert result.returncode == 0 and result.stdout.startswith("flowbook ")
+
+
+def test_a_finished_run_whose_samples_cannot_be_written_is_still_a_success(flowbook, moons, tmp_path):
+    assert flowbook("train", "--epochs", 1, *SMALL).returncode == 0
+    folder = tmp_path / "checkpoints" / RUN
+    (folder / "best.pt").unlink()
+    without = flowbook("train", "--epochs", 1, "--resume", *SMALL)
+    assert without.returncode == 0 and "1 of at most 1: all epochs are done" in without.stdout
+    assert "warning: no samples were drawn" in without.stderr and "best.pt" in without.stderr

@@ -591,3 +591,9 @@ def test_on_a_gpu_the_order_is_that_of_the_cpu(monkeypatch):
         augment, randomness = create_augmentation(name), Randomness(3, "cuda")
         once = augment(b, randomness.generator("augment", 9))
         assert once.is_cuda and torch.equal(once, augment(b, randomness.generator("augment", 9)))
+
+
+def test_statistics_that_differ_where_one_of_them_is_zero_are_told_in_finite_numbers():
+    one, other = (NormalizationStats(torch.tensor([0.0, mean]), torch.ones(2)) for mean in (0.0, 0.5))
+    for first, second in ((one, other), (other, one)):
+        assert "by up to 0.5" in first.difference(second) and "relatively by up to 100.00%" in first.difference(second)
