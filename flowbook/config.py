@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Schedule', 'STATS_FILE', 'MAY_CHANGE_ON_RESUME', 'unknown_name', 'split_dataset_name', 'prepared_sources',
-           'atomic_path', 'TrainingConfig', 'fixed_differences']
+           'sync_folder', 'make_folder', 'atomic_path', 'TrainingConfig', 'fixed_differences']
 
 # %% ../nbs/00_config.ipynb #b6344186
 import difflib, json, math, os, re, tomllib
@@ -36,7 +36,8 @@ LIMITS = dict(
     seed=(lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"), epochs=_at_least(1), batch_size=_at_least(1),
     lr=_above(0), weight_decay=_at_least(0), warmup_steps=_at_least(0),
     schedule=(lambda value: value in ("cosine", "constant"), '"cosine" or "constant"'),
-    ema_decay=_fraction(), grad_clip=_at_least(0), patience=_at_least(0), min_delta=_at_least(0), log_every=_at_least(1),
+    ema_decay=_fraction(), grad_clip=_at_least(0), max_skipped_steps=_at_least(0), patience=_at_least(0), min_delta=_at_least(0),
+    log_every=_at_least(1),
     device=_matches(r"auto|cpu|mps|cuda(:\d+)?", '"auto", "cpu", "cuda", "cuda:1" (any number) or "mps"'))
 
 # %% ../nbs/00_config.ipynb #f1afe122
@@ -100,23 +101,39 @@ def prepared_sources(data_dir: str | os.PathLike) -> list[str]:
     "The names of the data sets that have been prepared in `data_dir`"
     return sorted(path.parent.name for path in Path(data_dir).glob(f"*/{STATS_FILE}"))
 
+# %% ../nbs/00_config.ipynb #3db227cc
+def sync_folder(folder: str | os.PathLike) -> None:
+    "What was made, renamed or removed in a folder is on the disk when this returns"
+    if os.name != "posix": return           # Windows can't open a folder, and needs no flush of it
+    descriptor = os.open(folder, os.O_RDONLY)
+    try: os.fsync(descriptor)
+    finally: os.close(descriptor)
+
+def make_folder(folder: str | os.PathLike) -> None:
+    "Make a folder, and those above it that are missing, so that a power cut does not take them away again"
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing: sync_folder(path.parent)
+
 # %% ../nbs/00_config.ipynb #22378338
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(
+    path: str | os.PathLike,                # Where the file shall be
+    keep: str | os.PathLike | None = None,  # What the file that is there is renamed to; None: it is replaced
+) -> Iterator[Path]:
     "A temporary path to write to: renamed to `path` when the block ends well, removed when it does not"
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file: os.fsync(file.fileno())
+        if keep is not None and path.exists(): os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":                  # Windows can't open a folder, and needs no flush of it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
+    sync_folder(path.parent)
 
 # %% ../nbs/00_config.ipynb #cc5e4cd2
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -150,6 +167,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999           # Decay of the averaged weights; 0: no averaging
     ema_warmup: bool = True             # Average over less while there is less to average over
     grad_clip: float = 1.0              # Largest norm of the gradient; 0: no clipping
+    max_skipped_steps: int = 0          # Steps with a NaN or infinite loss or gradient that are left out before the run fails
     patience: int = 20                  # Validations without improvement before training stops; 0: never
     min_delta: float = 0.0              # What the validation loss must fall by to count as an improvement
     log_every: int = 10                 # Steps between two rows of training metrics
@@ -237,8 +255,8 @@ def _as_table(config: TrainingConfig) -> str:
     return f"<details><summary>TrainingConfig <b>{escape(config.run_name)}</b></summary><table>{rows}</table></details>"
 
 # %% ../nbs/00_config.ipynb #cb2540e6
-MAY_CHANGE_ON_RESUME = frozenset({"epochs", "patience", "group", "log_every", "stats_path", "data_dir", "checkpoint_dir",
-                                  "device", "expected_gpus", "expected_cuda_visible_devices"})
+MAY_CHANGE_ON_RESUME = frozenset({"epochs", "patience", "max_skipped_steps", "group", "log_every", "stats_path", "data_dir",
+                                  "checkpoint_dir", "device", "expected_gpus", "expected_cuda_visible_devices"})
 
 def fixed_differences(
     config: TrainingConfig,     # What is asked for now

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
-from .config import LIMITS, STATS_FILE, TrainingConfig, atomic_path, prepared_sources, split_dataset_name, unknown_name
+from .config import (LIMITS, STATS_FILE, TrainingConfig, atomic_path, make_folder, prepared_sources, split_dataset_name,
+                             sync_folder, unknown_name)
 from .randomness import Randomness
 from .sources import COLLECTIONS, SAMPLERS, check_points, load_points, load_torch_file
-try: import fcntl
-except ImportError: fcntl = None            # Windows has no file locks of this kind
 
 # %% ../nbs/04_data.ipynb #e2e20c1f
 SPLITS = ("train", "validation", "test")
@@ -99,7 +99,8 @@ class NormalizationStats:
     def load(cls, path: str | os.PathLike) -> "NormalizationStats":
         "Read a file that `save` wrote; nothing in it is executed. `ValueError` naming the file when it is anything else"
         if not Path(path).is_file(): raise FileNotFoundError(f"no normalisation statistics at {path}")
-        try: return cls(**load_torch_file(Path(path)))
+        try:
+            with open(path, "rb") as file: return cls(**load_torch_file(file))
         except Exception as error: raise ValueError(f"{path} holds no normalisation statistics: {error}") from error
 
     def difference(self, other: "NormalizationStats") -> str | None:
@@ -126,19 +127,12 @@ def _difference(name: str, mine: Tensor, other: Tensor, std: Tensor) -> str:
             f"({mine.flatten()[most]:.6g} against {other.flatten()[most]:.6g}), relatively by up to {relative:.2%}")
 
 # %% ../nbs/04_data.ipynb #5225e931
-def _lock(file) -> bool:
-    "Wait for the lock on an open file; False where there are no locks (Windows, some network file systems)"
-    try: fcntl.flock(file, fcntl.LOCK_EX)
-    except (AttributeError, OSError): return False
-    return True
-
 @contextmanager
 def _workspace(data_dir: Path) -> Iterator[Path]:
     "A new folder in `data_dir`, for one process at a time; gone when the block ends"
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir/".prepare.lock", "a") as lock:
-        if _lock(lock):
-            for leftover in data_dir.glob(".preparing-*"): shutil.rmtree(leftover, ignore_errors=True)
+    make_folder(data_dir)
+    with FileLock(data_dir/".prepare.lock"):
+        for leftover in data_dir.glob(".preparing-*"): shutil.rmtree(leftover, ignore_errors=True)
         workspace = Path(tempfile.mkdtemp(prefix=".preparing-", dir=data_dir))
         try: yield workspace
         finally: shutil.rmtree(workspace, ignore_errors=True)
@@ -218,7 +212,8 @@ def prepare_dataset(
     under the same name."""
     source = os.fspath(source)
     allowed, words = LIMITS["seed"]
-    if not isinstance(seed, int) or not allowed(seed): raise ValueError(f"seed={seed!r} is not allowed: it must be {words}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not allowed(seed):
+        raise ValueError(f"seed={seed!r} is not allowed: it must be {words}")
     values = load_points(source, points, seed)
     name = (source if source in (*COLLECTIONS, *SAMPLERS) else Path(source).stem) if name is None else name
     _check_name(name)
@@ -233,6 +228,7 @@ def prepare_dataset(
             if not os.path.lexists(folder):             # another process may have been faster
                 _write_dataset(workspace/name, splits, asked)
                 os.rename(workspace/name, folder)
+                sync_folder(folder.parent)
                 return asked
     return _found(folder, asked)
 

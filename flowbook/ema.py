@@ -9,6 +9,7 @@ __all__ = ['ema_decay_at', 'EMAModel', 'check_weights_fit']
 import copy
 import torch
 from torch import Tensor, nn
+from .nets import uncompiled
 
 # %% ../nbs/07_ema.ipynb #6be32558
 def ema_decay_at(
@@ -28,7 +29,7 @@ class EMAModel:
         warmup: bool = True,        # min(decay, (1+n)/(10+n)) at update n, else decay from the start
     ):
         if not 0 <= decay < 1: raise ValueError(f"decay={decay!r} is not allowed: it must be at least 0 and below 1")
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()     # For validation and sampling
+        self.module = copy.deepcopy(uncompiled(model)).requires_grad_(False).eval()     # For validation and sampling
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
         self._followed = None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'TimeFeatures', 'ModulatedBlock', 'MLP', 'create_model', 'register_model', 'check_velocity',
-           'trainable_parameters']
+           'trainable_parameters', 'uncompiled']
 
 # %% ../nbs/06_nets.ipynb #1e60748e
 import inspect, math
@@ -61,8 +61,8 @@ class MLP(nn.Module):
     ):
         super().__init__()
         for name, value in dict(width=width, depth=depth, expansion=expansion).items():
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number, at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65_536:
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number, 1 to 65,536")
         if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout!r} is not allowed: it must be at least 0 and below 1")
         features, size = TimeFeatures(), math.prod(data_shape)
         self.embed_time = nn.Sequential(features, nn.Linear(2 * len(features.frequencies), width), nn.SiLU(),
@@ -120,11 +120,19 @@ def check_velocity(
     found = f"shape {tuple(velocity.shape)}" if isinstance(velocity, Tensor) else type(velocity).__name__
     raise ValueError(f"the network returned {found} for points of shape {tuple(x.shape)}: a velocity has the shape of the points")
 
-# %% ../nbs/06_nets.ipynb #8fcfd34b
+# %% ../nbs/06_nets.ipynb #21081836
 def trainable_parameters(
     model: nn.Module,
 ) -> list[nn.Parameter]:    # Those that an optimiser may change
-    "The parameters that require a gradient; `ValueError` when there are none"
+    "The parameters that require a gradient; `ValueError` when there are none, or some are not float32"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters: raise ValueError(f"the model ({type(model).__name__}) has no parameters to train")
+    if others := {str(parameter.dtype) for parameter in parameters} - {"torch.float32"}:
+        raise ValueError(f"the model ({type(model).__name__}) has parameters of {', '.join(sorted(others))}: "
+                         "points are float32, and so must the network be; model.float() makes it so")
     return parameters
+
+# %% ../nbs/06_nets.ipynb #6481c84f
+def uncompiled(model: nn.Module) -> nn.Module:
+    "The network inside a `torch.compile`d one; any other is returned as it is. They share their weights"
+    return getattr(model, "_orig_mod", model)

@@ -8,6 +8,7 @@ __all__ = ['FIXED_STEP_METHODS', 'METHODS', 'integrate', 'TrainedFlow', 'load_fl
 # %% ../nbs/12_sampling.ipynb #32acada7
 import os
 from collections.abc import Callable
+from typing import Any
 import torch
 from torch import Tensor, nn
 from .checkpoint import read_checkpoint
@@ -80,6 +81,14 @@ class TrainedFlow:
         return self.stats.denormalize(torch.cat(ends))
 
 # %% ../nbs/12_sampling.ipynb #36d91a8e
+def _rebuild(spec: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    "The network of a description; `ValueError` when the weights are not those of such a network"
+    def build(): return create_model(spec["arch"], tuple(spec["data_shape"]), **spec["options"])
+    try:
+        with torch.device("meta"): check_weights_fit(build(), weights)
+    except RuntimeError: pass       # One that computes while it is built can't be built there, and is compared below
+    return build()
+
 def load_flow(
     path: str | os.PathLike,                # A checkpoint, such as a run's best.pt
     model: nn.Module | None = None,         # The network to load into, when it is one of your own
@@ -87,14 +96,12 @@ def load_flow(
 ) -> TrainedFlow:                           # Ready to draw; in evaluation mode
     "The trained flow in a checkpoint, with its EMA weights. `CheckpointError` for a damaged file, `ValueError` for another network"
     state = read_checkpoint(path, device)
-    if model is None:
-        spec = state["model_spec"]
-        if spec is None:
-            raise ValueError(f"{path} holds a network of your own, which can't be rebuilt by name: "
-                             "pass load_flow(path, model=YourNetwork(...))")
-        model = create_model(spec["arch"], tuple(spec["data_shape"]), **spec["options"])
+    if model is None and state["model_spec"] is None:
+        raise ValueError(f"{path} holds a network of your own, which can't be rebuilt by name: "
+                         "pass load_flow(path, model=YourNetwork(...))")
     if state["stats"] is None: raise ValueError(f"{path} holds no normalisation statistics, so samples can't be brought to data units")
     weights = state["ema"]["module"] if state["ema"] else state["model"]
+    if model is None: model = _rebuild(state["model_spec"], weights)
     check_weights_fit(model, weights)
     model.load_state_dict(weights)
     stats = NormalizationStats(state["stats"]["mean"], state["stats"]["std"])

@@ -84,13 +84,15 @@ def _read_npz(path: Path) -> np.ndarray:
         with archive.open(member) as file: return _read_array(file, member.file_size)
 
 # %% ../nbs/03_sources.ipynb #5ef4f5ef
-def load_torch_file(path: Path) -> Any:
-    "What `torch.save` wrote, on the CPU; `ValueError` when there is more in it than tensors and plain containers, and nothing is executed"
-    with zipfile.ZipFile(path) as archive:
+def load_torch_file(file: BinaryIO, device: str | torch.device = "cpu") -> Any:
+    "What `torch.save` wrote, on `device`; `ValueError` when there is more in it than tensors and plain containers, and nothing is executed"
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         declared = sum(member.file_size for member in archive.infolist())
-        if declared > path.stat().st_size: raise ValueError(f"its members claim {declared:,} bytes, more than this file can hold")
+        if declared > size: raise ValueError(f"its members claim {declared:,} bytes, more than this file can hold")
         if damaged := archive.testzip(): raise ValueError(f"its member {damaged} is damaged")   # torch.load would not notice
-    try: return torch.load(path, map_location="cpu", weights_only=True)
+    file.seek(0)
+    try: return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:     # its own message ends in advice to run the pickle
         raise ValueError("it is damaged, or holds pickled Python objects, which could run any code; nothing was run") from error
 
@@ -103,7 +105,7 @@ def _as_array(tensor: Any) -> np.ndarray:
     return (tensor.float() if narrow else tensor).detach().numpy()
 
 def _read_pt(path: Path) -> np.ndarray:
-    content = load_torch_file(path)
+    with open(path, "rb") as file: content = load_torch_file(file)
     if not isinstance(content, dict): return _as_array(content)
     return _as_array(_only({name: item for name, item in content.items() if isinstance(item, Tensor)}))
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import assert_same
 from flowbook.checkpoint import (
-    FORMAT,
     CheckpointError,
+    checkpoint_state,
     load_checkpoint,
     load_checkpoint_with_stats_check,
     read_checkpoint,
@@ -29,18 +29,23 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(0, 9), inner, max_size=3), max_leaves=8)
 
 
+def whole(**entries):
+    """The smallest state that a checkpoint may hold, with some entries changed."""
+    return checkpoint_state(model=torch.nn.Linear(1, 1), epoch=1, step=0, best_val_loss=0.5, config=TrainingConfig(), extra=entries)
+
+
 @settings(deadline=None, max_examples=50)
 @given(contents=plain)
 def test_any_plain_state_comes_back_equal(tmp_path_factory, contents):
     path = tmp_path_factory.mktemp("state") / "state.pt"
-    write_checkpoint(path, {"format": FORMAT, "contents": contents})
-    assert_same(read_checkpoint(path)["contents"], contents)
+    write_checkpoint(path, whole(progress={"contents": contents}))
+    assert_same(read_checkpoint(path)["progress"]["contents"], contents)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
-    write_checkpoint(path, {"format": FORMAT, "weights": torch.arange(300.0), "config": {"lr": 0.1}})
+    write_checkpoint(path, whole(weights=torch.arange(300.0)))
     return path
 
 
@@ -72,7 +77,7 @@ def test_a_failed_save_names_the_path_and_leaves_the_old_state(checkpoint, monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"could not save .*last.pt \(.* MB are needed\): No space left on device"):
-        write_checkpoint(checkpoint, {"format": FORMAT, "weights": torch.zeros(300)})
+        write_checkpoint(checkpoint, whole(weights=torch.zeros(300)))
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".last.pt*"))
 

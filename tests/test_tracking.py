@@ -1,7 +1,7 @@
 """What W&B and the disk really hold after a run, and what a run costs when W&B is missing, unreachable or broken.
 
 The offline record is read back from its `.wandb` file; the online one is what a small server on loopback was sent."""
-import errno, http.server, json, os, random, signal, socket, subprocess, sys, textwrap, threading, time, warnings
+import errno, http.server, json, os, platform, random, signal, socket, subprocess, sys, textwrap, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +187,7 @@ def test_a_failure_is_told_even_when_its_summary_cannot_be_written(tmp_path, mon
 def test_the_summary_says_how_it_ended(tmp_path):
     def status(): return json.loads((tmp_path/SUMMARY_FILE).read_text())
     record = RunRecord(tmp_path)
-    assert status() == {"status": "running"}
+    assert status() == {"status": "running", "process": os.getpid(), "host": platform.node()}
     record.pause({"final_epoch": 1})
     assert status() == {"status": "interrupted", "final_epoch": 1}
     RunRecord(tmp_path, step=1).fail(RuntimeError("no"), {"final_epoch": 2})

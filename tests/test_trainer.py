@@ -12,8 +12,10 @@ from conftest import assert_same, training_state
 from flowbook.checkpoint import CheckpointError, read_checkpoint
 from flowbook.data import AUGMENTATIONS, FlowDataset, prepare_dataset
 from flowbook.flows import FLOWS
+from flowbook.learner import NotFinite
 from flowbook.nets import create_model
-from flowbook.tracking import NotFinite, read_metrics, read_summary
+from flowbook.runs import read_summary
+from flowbook.tracking import read_metrics
 from flowbook.trainer import FlowTrainer
 
 
@@ -109,8 +111,9 @@ def test_the_starting_table(configured, new_trainer, tmp_path):
     from_best = new_trainer(config, resume_path=trainer.folder / "best.pt")                # a path: that state
     assert from_best.step == read_checkpoint(trainer.folder / "best.pt")["step"]
 
-    (trainer.folder / "last.pt").write_bytes(before["last.pt"][:1000])
-    with pytest.raises(CheckpointError, match="last.pt .1000 bytes. does not end with a SHA-256"):
+    for name in ("last.pt", "previous.pt", "best.pt"):
+        (trainer.folder / name).write_bytes(before["last.pt"][:1000])
+    with pytest.raises(CheckpointError, match="nothing in .* can be used to go on: .*last.pt .1000 bytes. does not end with a SHA-256"):
         new_trainer(config, resume_path="auto")
 
 
@@ -122,12 +125,14 @@ def test_rows_after_the_resumed_step_are_moved_aside(configured, new_trainer):
     early.write_bytes((trainer.folder / "best.pt").read_bytes())
     new_trainer(configured(epochs=4), resume_path="auto").train()
     rows_before = read_metrics(trainer.folder)
-    new_trainer(configured(epochs=4), resume_path=early).train()
+    resumed = new_trainer(configured(epochs=4), resume_path=early)
+    resumed.train()
     steps = [row["step"] for row in read_metrics(trainer.folder)]
     assert steps == sorted(steps) and max(steps) == 28
-    aside = [path for path in trainer.folder.iterdir() if "undone" in path.name]
-    if rows_before[-1]["step"] > state["step"]:
-        assert len(aside) == 1
+    assert rows_before[-1]["step"] == 28 > state["step"]
+    assert [path.name for path in trainer.folder.glob("metrics-undone*")] == [f"metrics-undone-after-step-{state['step']}.jsonl"]
+    assert read_checkpoint(trainer.folder / "last.pt.undone-1")["step"] == 28      # what was given up is kept
+    assert read_checkpoint(trainer.folder / "best.pt")["best_val_loss"] == resumed.best_val_loss
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -242,7 +247,7 @@ def test_a_folder_that_was_used_in_between_is_not_touched(configured, new_traine
     first, second = new_trainer(configured()), new_trainer(configured())
     first.train()
     before = (first.folder / "last.pt").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="another trainer has saved to"):
         second.train()
     assert (first.folder / "last.pt").read_bytes() == before
 
@@ -397,3 +402,100 @@ def test_a_time_that_is_not_broadcast_is_noticed_before_anything_is_written(conf
     with pytest.raises(RuntimeError, match="must match the size of tensor"):
         FlowTrainer(Misplaced(), configured(arch="own", arch_options={}), wandb_project=None)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_step_reaches_neither_weights_nor_moments_nor_average(configured, new_trainer):
+    """... and neither do the steps after it, until it is read."""
+    def bad_from(trainer, step):
+        def spoil(gradient):
+            return gradient * (math.nan if trainer.step >= step else 1)
+        next(trainer.model.parameters()).register_hook(spoil)
+
+    trainer, stopped = new_trainer(configured(log_every=1000)), new_trainer(configured())
+    bad_from(trainer, step=10)
+    for learner, steps in ((trainer, 14), (stopped, 10)):
+        while learner.step < steps:
+            learner.epoch = learner.step // learner.steps_per_epoch + 1
+            for x1 in learner.batches():
+                learner.update(x1)
+                if learner.step == steps:
+                    break
+    assert_same(dict(trainer.model.state_dict()), dict(stopped.model.state_dict()))
+    assert_same(trainer.optimizer.state_dict()["state"], stopped.optimizer.state_dict()["state"])
+    assert all(weight.isfinite().all() for weight in trainer.ema.module.state_dict().values())
+    name = next(name for name, _ in trainer.model.named_parameters())
+    with pytest.raises(NotFinite, match=f"the norm of the gradient is nan in step 11: repeated, the gradient of {name} is not finite"):
+        trainer.read_meter()
+
+
+class NowAndThen(nn.Module):
+    """A network with batch normalisation that answers NaN in some steps."""
+
+    def __init__(self, bad_calls):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Linear(16, 2))
+        self.bad_calls, self.calls = bad_calls, 0
+
+    def forward(self, x, t, cond=None):
+        self.calls += self.training
+        return self.layers(torch.cat([x, t[:, None]], 1) * (math.nan if self.training and self.calls in self.bad_calls else 1))
+
+
+def test_bad_steps_are_left_out_and_counted_up_to_a_limit(configured):
+    torch.manual_seed(0)
+    config = configured(arch="own", arch_options={}, max_skipped_steps=2)
+    trainer = FlowTrainer(NowAndThen({4, 5}), config, wandb_project=None)
+    assert trainer.train()["status"] == "finished"
+    assert [row.get("train/skipped_steps") for row in read_metrics(trainer.folder) if "train/loss" in row] == [None] + [2] * 8
+    assert all(value.isfinite().all() for value in (*trainer.model.state_dict().values(), *trainer.ema.module.state_dict().values()))
+
+    torch.manual_seed(0)
+    config = config.replace(checkpoint_dir=f"{config.checkpoint_dir}-3")
+    trainer = FlowTrainer(NowAndThen({4, 5, 20}), config, wandb_project=None)
+    with pytest.raises(NotFinite, match="the loss is nan in step 20"):
+        trainer.train()
+    assert read_summary(trainer.folder)["status"] == "failed"
+    assert all(value.isfinite().all() for value in read_checkpoint(trainer.folder / "last.pt")["model"].values())
+    resumed = FlowTrainer(NowAndThen(()), config.replace(max_skipped_steps=0), wandb_project=None, resume_path="auto")
+    assert resumed.meter.skipped == 2 and resumed.train()["status"] == "finished"      # those are behind us
+
+
+def test_no_step_waits_for_a_number(configured, new_trainer, monkeypatch):
+    """Holding a bad step back must not cost a synchronisation: numbers are taken out of tensors only where they are read."""
+    trainer, waits = new_trainer(configured(log_every=1000)), []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, method=method, name=name: waits.append(name) or method(self, *a))
+    for x1 in trainer.batches():
+        trainer.update(x1)
+    assert trainer.step == 7 and waits == []
+    trainer.read_meter()
+    assert waits == ["tolist"]
+
+
+def test_epochs_made_by_hand_are_saved(configured, new_trainer):
+    trainer = new_trainer(configured(epochs=2))
+    trainer.train_epoch()
+    trainer.train_epoch()
+    assert trainer.train()["status"] == "finished"
+    assert read_checkpoint(trainer.folder / "last.pt")["step"] == 14
+
+
+@pytest.mark.slow
+def test_a_compiled_network_resumes_bit_for_bit_and_is_saved_under_its_own_names(tmp_path, configured):
+    config = configured(flow="icfm")
+
+    def compiled(seed):
+        torch.manual_seed(seed)
+        torch.compiler.reset()      # as in another process
+        return torch.compile(create_model("mlp", (2,), width=16, depth=2))
+
+    unbroken = FlowTrainer(compiled(0), config, wandb_project=None)
+    unbroken.train()
+    other = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
+    with pytest.raises(KeyboardInterrupt):
+        FlowTrainer(compiled(0), other, wandb_project=None, callbacks=[PressCtrlC(10)]).train()
+    resumed = FlowTrainer(compiled(1), other, wandb_project=None, resume_path="auto")
+    resumed.train()
+    assert_same(final_state(unbroken)[0], final_state(resumed)[0])
+    create_model("mlp", (2,), width=16, depth=2).load_state_dict(read_checkpoint(resumed.folder / "last.pt")["model"])
