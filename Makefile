@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test lab check export readme book clean
+.PHONY: help train test lab check export readme book torture bench clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -35,6 +35,12 @@ readme: .venv/dev ## write the README from nbs/index.ipynb
 
 book: .venv/book ## make an HTML book of the notebooks as they are stored: book/index.html
 	$(BIN)/python -m tools.book
+
+torture: .venv/dev ## kill a run a hundred times at random moments; it must end as if nothing had been
+	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
+
+bench: .venv/dev ## measure what saving costs (benchmarks/results/)
+	$(BIN)/python -m benchmarks.saving
 
 clean: ## remove caches and the book (never environments, data or runs)
 	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

@@ -26,11 +26,13 @@ from .sources import load_torch_file
 DIGEST_MARK = b"sha256:"
 _COMMENT_LENGTH = len(DIGEST_MARK) + 64
 
-def seal(content: bytes) -> bytes:
+def seal(content: bytes) -> bytearray:
     "A ZIP file, as `torch.save` writes it, with a comment that holds the SHA-256 of all bytes before it"
     if content[-22:-18] != b"PK\x05\x06" or content[-2:] != b"\0\0": raise ValueError("not a ZIP file without a comment")
-    body = content[:-2] + _COMMENT_LENGTH.to_bytes(2, "little") + DIGEST_MARK
-    return body + hashlib.sha256(body).hexdigest().encode()
+    sealed = bytearray(content)
+    sealed[-2:] = _COMMENT_LENGTH.to_bytes(2, "little") + DIGEST_MARK
+    sealed += hashlib.sha256(sealed).hexdigest().encode()
+    return sealed
 
 # %% ../nbs/10_checkpoint.ipynb #e3c49728
 class CheckpointError(RuntimeError):

@@ -107,6 +107,7 @@ def _take_config_file(arguments: list[str]) -> tuple[TrainingConfig, list[str]]:
     "The configuration in the file after `--config`, or the defaults, and the other arguments"
     arguments = [part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])]
     if "--config" not in arguments: return TrainingConfig(), arguments
+    if arguments.count("--config") > 1: raise ValueError("--config was given twice: one file, and flags for the rest")
     at = arguments.index("--config")
     if at + 1 == len(arguments): raise ValueError("--config needs a file, as in --config study.toml")
     return TrainingConfig.load(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
@@ -114,7 +115,8 @@ def _take_config_file(arguments: list[str]) -> tuple[TrainingConfig, list[str]]:
 # %% ../nbs/18_cli.ipynb #4308a2c5
 def _in_words(error: BaseException) -> str:
     "What an error says; without its number, where Python would put that first"
-    return error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)
+    if not (isinstance(error, OSError) and error.strerror): return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 # %% ../nbs/18_cli.ipynb #96d024e6
 @dataclass

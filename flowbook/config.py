@@ -139,6 +139,7 @@ def atomic_path(
 def _read_settings(path: Path) -> dict[str, Any]:
     "The dictionary in a JSON or TOML file; `ValueError` naming the file when there is none in it"
     if path.suffix not in (".json", ".toml"): raise ValueError(f"{path}: a configuration is a .json or a .toml file")
+    if not path.is_file(): raise FileNotFoundError(f"there is no configuration at {path}")
     try: values = (json if path.suffix == ".json" else tomllib).loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict): raise ValueError(f"{path} must hold a table of fields, not {type(values).__name__}")

@@ -29,8 +29,9 @@ def random_key(
     stream: str,    # What is drawn: one of STREAMS
     index: int,     # Which step, epoch or block, 0 to 2**28 - 1
 ) -> int:           # A seed for a `torch.Generator`; its low 32 bits differ for every (stream, index) of a run
-    "The key of one random draw; `ValueError` for an unknown stream or an index out of range"
+    "The key of one random draw; `ValueError` for an unknown stream, or a seed or index out of range"
     if stream not in STREAMS: raise ValueError(f"stream={stream!r} is unknown: it must be one of {', '.join(STREAMS)}")
+    if not 0 <= seed < 2**32: raise ValueError(f"seed={seed} is not allowed: it must be between 0 and 2**32 - 1")
     if not 0 <= index < 2**28: raise ValueError(f"index={index} is not allowed: it must be between 0 and 2**28 - 1")
     word = STREAMS.index(stream) << 28 | index
     return seed << 32 | _scramble(_scramble(word ^ _scramble(seed)) ^ _scramble(seed + 1 & 0xFFFFFFFF))

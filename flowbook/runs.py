@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STATES', 'SUMMARY_FILE', 'move_aside', 'read_states', 'newest', 'states_there', 'Start', 'find_start', 'read_summary',
-           'this_process', 'lock_path', 'sole_use', 'check_writable', 'check_same_run', 'Saver', 'StopRequest']
+           'this_process', 'lock_path', 'sole_use', 'check_writable', 'check_same_run', 'copied', 'Saver',
+           'StopRequest']
 
 # %% ../nbs/11_runs.ipynb #2c8ec5e5
-import copy, json, os, platform, shutil, signal, tempfile, threading, time
+import json, os, platform, shutil, signal, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from torch import nn
+from torch import Tensor, nn
 from .checkpoint import CheckpointError, check_stats, read_checkpoint, versions, write_checkpoint
 from .config import TrainingConfig, atomic_path, fixed_differences, make_folder, sync_folder
 from .data import NormalizationStats
@@ -180,6 +181,20 @@ def check_same_run(
         print(f"Bit for bit the same is only promised where nothing around the run changes; here {'; '.join(changed)}")
     return saved
 
+# %% ../nbs/11_runs.ipynb #49451444
+def copied(
+    value: Any,         # A nested state
+    old: Any = None,    # An earlier copy, which nobody needs any more
+) -> Any:
+    "A copy of a state, in the tensors of an earlier one where they fit"
+    if isinstance(value, dict):
+        old = old if isinstance(old, dict) else {}
+        return {name: copied(item, old.get(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)): return type(value)(copied(item) for item in value)
+    if not isinstance(value, Tensor): return value
+    fits = isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device)
+    return old.copy_(value.detach()) if fits else value.detach().clone()
+
 # %% ../nbs/11_runs.ipynb #745f37fb
 class Saver:
     "Writes `best.pt` and `last.pt` of a run, at most about 1% of the time, and keeps the state before the last as `previous.pt`"
@@ -191,12 +206,14 @@ class Saver:
         clock: Callable[[], float] = time.monotonic,    # Seconds; never jumps backwards
     ):
         self.folder, self.state, self.sync, self.pause, self.clock = Path(folder), state, sync, pause, clock
-        self.pending_best, self._due_at = None, clock()
+        self.pending_best, self._spare, self._due_at = None, None, clock()
         for leftover in self.folder.glob(".*.tmp"): leftover.unlink()       # What a killed process was writing
 
     def hold_best(self) -> None:
         "Keep a copy of the state as it is now, to become `best.pt`"
-        self.pending_best = copy.deepcopy(self.state())
+        state = self.state()
+        self.pending_best = None        # Its tensors are written over now, and half a copy must never be saved
+        self.pending_best = self._spare = copied(state, self._spare)
 
     def save_best(self) -> None:
         "Write the best state, if one is waiting"

@@ -142,21 +142,31 @@ def _read_csv(path: Path) -> np.ndarray:
             numbers.extend(map(float, row))
     return np.frombuffer(numbers).reshape(-1, width or 1)
 
-# %% ../nbs/03_sources.ipynb #6c98a8c9
+# %% ../nbs/03_sources.ipynb #10fa7b34
 def check_points(
     points: Tensor,         # Shape (n, *data_shape), float32
     where: str,             # Where they come from, for the error
     given: Any = None,      # The same before they became float32
 ) -> None:
-    "`ValueError` naming the first place when there are no points, or some value in them is not finite"
+    "`ValueError` naming the first place when there are no points, or values in them that are not finite, or flattened by float32"
     if not points.numel(): raise ValueError(f"{where} holds no points: its shape is {tuple(points.shape)}")
     bad = ~torch.isfinite(points)
-    if not bad.any(): return
+    if not bad.any(): return _check_spread(points, where, given)
     row, *feature = bad.nonzero()[0].tolist()
     value = (points if given is None else given)[(row, *feature)].item()
     place = f"row {row}, feature {feature[0] if len(feature) == 1 else tuple(feature)}, counted from 0"
     raise ValueError(f"{where}: {bad.sum():,} of {points.numel():,} values are NaN, infinite or too large for float32, "
                      f"the first is {value} in {place}")
+
+def _check_spread(points: Tensor, where: str, given: Any) -> None:
+    if given is None or given.dtype.itemsize <= points.dtype.itemsize: return
+    given = torch.as_tensor(given).double()
+    spread, rounding = given.std(0, correction=0), points.abs().amax(0) * 2**-24
+    flat = ((rounding > 0.01 * spread) & (spread > 0)).nonzero().tolist()
+    if not flat: return
+    feature, first = flat[0][0] if len(flat[0]) == 1 else tuple(flat[0]), tuple(flat[0])
+    raise ValueError(f"{where}: feature {feature} has values near {given[(0, *first)].item():.6g} that spread by "
+                     f"{spread[first].item():.3g}; float32, which networks compute in, would round that away. Subtract its mean first")
 
 # %% ../nbs/03_sources.ipynb #d490b7b7
 def _as_points(values: np.ndarray, where: str) -> Tensor:

@@ -92,8 +92,9 @@ class FlowTrainer(Learner):
         self.early_stopping.step(val_loss)
         self.record.log(self.step, self.epoch, **metrics)
         self.meter.begin_epoch()
-        self.epoch, self._whole = self.epoch + 1, True
+        self.epoch += 1
         if self.early_stopping.improved: self._saver.hold_best()
+        self._whole = True
         self._call("on_epoch", metrics)
         self._saver.save_if_due()
 
@@ -179,13 +180,15 @@ class FlowTrainer(Learner):
                 "checkpoint_path": str(get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir))}
 
     def _report_finished(self) -> dict[str, Any]:
-        "Nothing left to train. A run that was killed between its last save and its summary gets its summary now."
+        "Nothing left to train. What a kill in the last moment has left undone, the newest state as last.pt or the summary, is done now."
         summary, written = self._summary(self.status), read_summary(self.folder)
         print(f"The run {self.config.run_name} is finished: {summary['stop_reason']}. "
               "To train longer, ask for more epochs")
-        if written.get("status") == self.status: return summary | {"seconds": written.get("seconds", self.seconds)}
+        saved = self._start is None or self._start.path == self.folder / "last.pt" and not self._start.in_the_way
+        if saved and written.get("status") == self.status: return summary | {"seconds": written.get("seconds", self.seconds)}
         with sole_use(self.folder):
             self._open()
+            if not saved: self._saver.save()
             self.record.finish(summary, summary["checkpoint_path"])
             self._close()
         return summary
