@@ -52,7 +52,13 @@ def _as_plain(value: Any) -> Any:
 def _is_json(value: Any) -> bool:
     "Can `value` be written as JSON and come back the same? (NaN and infinity can't.)"
     try: return json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError): return False
+    except (TypeError, ValueError, RecursionError): return False
+
+def _is_finite_number(value: Any) -> bool:
+    "Is `value` a number, and does it stay finite as a float? (A whole number can be too large.)"
+    if isinstance(value, bool) or not isinstance(value, (int, float)): return False
+    try: return math.isfinite(float(value))
+    except OverflowError: return False
 
 Schedule = Literal["cosine", "constant"]
 
@@ -60,15 +66,16 @@ _TYPES = {str: (lambda v: isinstance(v, str), "text"), Schedule: (lambda v: isin
           str | None: (lambda v: v is None or isinstance(v, str), "text or None"),
           bool: (lambda v: isinstance(v, bool), "True or False"),
           int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-          float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v), "a finite number"),
+          float: (_is_finite_number, "a finite number"),
           dict: (lambda v: isinstance(v, dict) and _is_json(v), "a dictionary of options that JSON can hold"),
           tuple[str, ...]: (lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v), "a list of names")}
 
 # %% ../nbs/00_config.ipynb #a2060193
 def _validated(name: str, annotation: Any, value: Any) -> Any:
     "`value` of the field `name` as a plain value of its type; `TypeError` or `ValueError` in words otherwise"
-    plain = _as_plain(value)
     fits, words = _TYPES[annotation]
+    try: plain = _as_plain(value)
+    except RecursionError: raise TypeError(f"{name} is not allowed: it is nested too deeply, or holds itself") from None
     if not fits(plain): raise TypeError(f"{name}={value!r} is not allowed: it must be {words}, not {type(value).__name__}")
     allowed, words = LIMITS.get(name, (lambda value: True, ""))
     if not allowed(plain): raise ValueError(f"{name}={value!r} is not allowed: it must be {words}")
@@ -99,6 +106,7 @@ def split_dataset_name(dataset: str) -> tuple[str | None, str | None]:
 
 def prepared_sources(data_dir: str | os.PathLike) -> list[str]:
     "The names of the data sets that have been prepared in `data_dir`"
+    if not os.path.isdir(data_dir): return []
     return sorted(path.parent.name for path in Path(data_dir).glob(f"*/{STATS_FILE}"))
 
 # %% ../nbs/00_config.ipynb #3db227cc
@@ -141,7 +149,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if path.suffix not in (".json", ".toml"): raise ValueError(f"{path}: a configuration is a .json or a .toml file")
     if not path.is_file(): raise FileNotFoundError(f"there is no configuration at {path}")
     try: values = (json if path.suffix == ".json" else tomllib).loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict): raise ValueError(f"{path} must hold a table of fields, not {type(values).__name__}")
     return values
 

@@ -120,7 +120,8 @@ def read_summary(
     path = Path(run_dir, SUMMARY_FILE)
     if not path.exists(): return {}
     try: summary = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path} is damaged: {error}. Remove it: nothing else depends on it") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Remove it: nothing else depends on it") from None
     if not isinstance(summary, dict): raise ValueError(f"{path} is damaged: it holds no table. Remove it: nothing else depends on it")
     return summary
 
@@ -141,7 +142,8 @@ def sole_use(folder: str | os.PathLike) -> Iterator[None]:
     try: lock.acquire(blocking=False)
     except Timeout:
         holder = read_summary(folder)
-        who = f"process {holder['process']} on {holder['host']}" if holder.get("status") == "running" else "another process"
+        known = holder.get("status") == "running" and "process" in holder and "host" in holder
+        who = f"process {holder['process']} on {holder['host']}" if known else "another process"
         raise FileExistsError(f"{folder} is in use: {who} trains in it. Wait for it, stop it, or choose another checkpoint_dir") from None
     try: yield
     finally: lock.release()
@@ -237,7 +239,7 @@ class Saver:
 # %% ../nbs/11_runs.ipynb #e1d54faa
 class StopRequest:
     "A signal that was received while training, raised at the next point where the run is whole"
-    def __init__(self): self.signal = None
+    def __init__(self): self.signal, self.urgent = None, False
 
     def request(self, number: int = signal.SIGINT) -> None:
         "Leave the note that a signal would leave: a callback may ask for a stop, too"
@@ -246,12 +248,14 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         "Take note of SIGINT and SIGTERM instead of being interrupted; the second one interrupts. Only the main thread can listen."
-        self.signal = None
+        self.signal, self.urgent = None, False
         if threading.current_thread() is not threading.main_thread():
-            yield
+            try: yield
+            finally: self.signal = None
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         def note(number, frame):
+            self.urgent = self.signal is not None       # The second: nothing more is waited for, not even a save
             self.raise_if_received()
             self.request(number)
         for number in before: signal.signal(number, note)
@@ -259,6 +263,7 @@ class StopRequest:
         finally:
             for number, handler in before.items():      # None: it was not installed from Python, and can't be put back
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self.signal = None
 
     def raise_if_received(self) -> None:
         "`KeyboardInterrupt` after SIGINT, `SystemExit(143)` after SIGTERM"

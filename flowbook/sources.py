@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'SAMPLERS', 'READERS', 'digits', 'moons', 'eight_gaussians', 'checkerboard', 's_curve',
-           'load_torch_file', 'check_points', 'read_points', 'load_points']
+           'holds_its_numbers', 'load_torch_file', 'check_points', 'read_points', 'load_points']
 
 # %% ../nbs/03_sources.ipynb #fbe7b018
 import csv, math, os, pickle, zipfile
@@ -84,6 +84,18 @@ def _read_npz(path: Path) -> np.ndarray:
         with archive.open(member) as file: return _read_array(file, member.file_size)
 
 # %% ../nbs/03_sources.ipynb #5ef4f5ef
+def holds_its_numbers(tensor: Tensor) -> bool:
+    "Does a tensor hold as many numbers as its shape has? One that was expanded repeats a few"
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+def _check_claims(content: Any) -> None:
+    "`ValueError` for a tensor, anywhere in nested containers, that is larger by its shape than by what it holds"
+    if isinstance(content, dict): content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        for item in content: _check_claims(item)
+    elif isinstance(content, Tensor) and not holds_its_numbers(content):
+        raise ValueError(f"its tensor claims the shape {tuple(content.shape)}, but holds fewer numbers")
+
 def load_torch_file(file: BinaryIO, device: str | torch.device = "cpu") -> Any:
     "What `torch.save` wrote, on `device`; `ValueError` when there is more in it than tensors and plain containers, and nothing is executed"
     size = file.seek(0, os.SEEK_END)
@@ -92,15 +104,15 @@ def load_torch_file(file: BinaryIO, device: str | torch.device = "cpu") -> Any:
         if declared > size: raise ValueError(f"its members claim {declared:,} bytes, more than this file can hold")
         if damaged := archive.testzip(): raise ValueError(f"its member {damaged} is damaged")   # torch.load would not notice
     file.seek(0)
-    try: return torch.load(file, map_location=device, weights_only=True)
+    try: content = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:     # its own message ends in advice to run the pickle
         raise ValueError("it is damaged, or holds pickled Python objects, which could run any code; nothing was run") from error
+    _check_claims(content)
+    return content
 
 # %% ../nbs/03_sources.ipynb #1adbe2ee
 def _as_array(tensor: Any) -> np.ndarray:
     if not isinstance(tensor, Tensor): raise ValueError(f"it holds a {type(tensor).__name__}, not a tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"its tensor claims the shape {tuple(tensor.shape)}, but holds fewer numbers")
     narrow = tensor.is_floating_point() and tensor.dtype != torch.float64       # NumPy has no bfloat16
     return (tensor.float() if narrow else tensor).detach().numpy()
 

@@ -25,7 +25,7 @@ def _json_values(values: dict[str, Any]) -> dict[str, Any]:
 def _row(line: bytes) -> dict[str, Any] | None:
     "The row that a line of metrics.jsonl holds; None when the line is torn or damaged"
     try: row = json.loads(line)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     return row if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 def read_metrics(

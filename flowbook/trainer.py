@@ -119,16 +119,19 @@ class FlowTrainer(Learner):
         self._saver, self._started = Saver(self.folder, self._state, self.record.sync), time.monotonic()
 
     def _end(self, status: str, reason: BaseException | None = None) -> dict[str, Any]:
-        "Save what there is to save, close the record and tell the callbacks; returns the summary"
+        "Save what there is to save, tell the callbacks and close the record; returns the summary"
         if isinstance(reason, NotFinite): self._whole = False
-        if reason is not None:
+        if reason is not None and not self.stop_request.urgent:
             try: self._saver.save() if self._whole else self._saver.save_best()
             except Exception as error: warnings.warn(f"the newest state could not be saved: {error}", stacklevel=3)
         summary = self._summary(status)
+        try: self._call("on_train_end", summary)
+        except Exception as error:
+            self.record.fail(reason or error, summary)
+            raise
         if status == "failed": self.record.fail(reason, summary)
         elif status == "interrupted": self.record.pause(summary)
         else: self.record.finish(summary, summary["checkpoint_path"])
-        self._call("on_train_end", summary)
         return summary
 
     def _close(self) -> None:
