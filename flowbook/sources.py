@@ -172,8 +172,8 @@ def check_points(
 
 def _check_spread(points: Tensor, where: str, given: Any) -> None:
     if given is None or given.dtype.itemsize <= points.dtype.itemsize: return
-    given = torch.as_tensor(given).double()
-    spread, rounding = given.std(0, correction=0), points.abs().amax(0) * 2**-24
+    given = given.double().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given, dtype=np.float64))
+    spread, rounding = given.std(0, correction=0), points.cpu().abs().amax(0) * 2**-24
     flat = ((rounding > 0.01 * spread) & (spread > 0)).nonzero().tolist()
     if not flat: return
     feature, first = flat[0][0] if len(flat[0]) == 1 else tuple(flat[0]), tuple(flat[0])
