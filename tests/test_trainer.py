@@ -135,6 +135,20 @@ def test_rows_after_the_resumed_step_are_moved_aside(configured, new_trainer):
     assert read_checkpoint(trainer.folder / "best.pt")["best_val_loss"] == resumed.best_val_loss
 
 
+def test_a_run_that_goes_on_elsewhere_takes_its_best_state_along(tmp_path, configured, new_trainer):
+    trainer = new_trainer(configured())
+    trainer.train()
+    elsewhere = configured(checkpoint_dir=str(tmp_path / "elsewhere"))
+    moved = new_trainer(elsewhere, resume_path=trainer.folder / "last.pt")
+    assert moved.train()["status"] == "finished"
+    assert (moved.folder / "best.pt").read_bytes() == (trainer.folder / "best.pt").read_bytes()
+    assert_same(final_state(moved), final_state(trainer))
+    assert (moved.folder / "metrics.jsonl").read_bytes() == (trainer.folder / "metrics.jsonl").read_bytes()
+    longer = new_trainer(elsewhere.replace(epochs=5), resume_path="auto")
+    assert longer.train()["steps"] == 35
+    assert read_checkpoint(longer.folder / "best.pt")["best_val_loss"] == longer.best_val_loss
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"lr": 0.1}, "lr is 0.1, the run was started with 0.002"),
     ({"batch_size": 50, "ema_decay": 0.9}, "batch_size is 50, the run was started with 100; ema_decay is 0.9"),
