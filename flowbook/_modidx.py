@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'flowbook.runs.lock_path': ('runs.html#lock_path', 'flowbook/runs.py'),
                                'flowbook.runs.move_aside': ('runs.html#move_aside', 'flowbook/runs.py'),
                                'flowbook.runs.newest': ('runs.html#newest', 'flowbook/runs.py'),
+                               'flowbook.runs.progress_of': ('runs.html#progress_of', 'flowbook/runs.py'),
                                'flowbook.runs.read_states': ('runs.html#read_states', 'flowbook/runs.py'),
                                'flowbook.runs.read_summary': ('runs.html#read_summary', 'flowbook/runs.py'),
                                'flowbook.runs.sole_use': ('runs.html#sole_use', 'flowbook/runs.py'),

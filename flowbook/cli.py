@@ -144,7 +144,7 @@ class Train:
               f"{trainer.steps_per_epoch} steps an epoch", flush=True)
         try: summary = trainer.train()
         except (KeyboardInterrupt, SystemExit) as stop:
-            how = "with --resume instead of --overwrite" if self.overwrite else "again" if self.resume else "with --resume"
+            how = "with --resume instead of --overwrite" if self.overwrite else "again" if self.resume == "auto" else "with --resume"
             print(f"\nInterrupted at step {trainer.step}. The same command {how} goes on from the newest state that was saved")
             return stop.code if isinstance(stop, SystemExit) else 130
         except FileExistsError: raise       # Somebody else was faster: refused, as before the training

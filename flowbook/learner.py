@@ -30,8 +30,9 @@ class NotFinite(FloatingPointError):
         step: int | None = None,    # In which step, counted from 1
     ):
         self.what, self.step = what, step
-        super().__init__(f"{what}. The weights of before are kept. A lower learning rate, more warm-up steps or a smaller grad_clip "
-                         "help most; look for extreme values in the data, too. max_skipped_steps leaves out steps that are rare accidents")
+        super().__init__(f"{what}. The weights of before are kept. If it is a rare accident, resume with max_skipped_steps, which leaves "
+                         "such steps out; else start over with a lower learning rate, more warm-up steps or clipped gradients, and look "
+                         "for extreme values in the data")
 
 # %% ../nbs/16_learner.ipynb #c055d4d0
 class LossMeter:
@@ -48,8 +49,7 @@ class LossMeter:
         grad_norm: Tensor,      # Likewise
     ) -> Tensor:                # 1.0: the step must not change anything; 0.0: it may
         "Take in one step, without waiting for it"
-        number = loss.detach() + grad_norm
-        bad = (number - number) != 0
+        bad = ~(loss.detach() + grad_norm).isfinite()
         self._bad_steps += bad
         held = (bad | (self._bad_steps > self.max_skipped)).float()
         self._waiting += [loss.detach(), grad_norm, held]
@@ -193,6 +193,8 @@ class Learner:
         with preserved_random_state(self.device):
             sample, velocity = self.forward(x1)
             mse_loss(velocity, sample.u_t).backward()
+        with torch.no_grad():
+            for buffer, before in self._buffers: buffer.copy_(before)
         culprit = first_bad([("the batch", x1), ("a point on the paths", sample.x_t), ("a velocity on the paths", sample.u_t),
                              ("the network's answer", velocity)])
         gradient = first_bad((f"the gradient of {name}", parameter.grad) for name, parameter in parameters)

@@ -40,10 +40,14 @@ def read_metrics(
 def rewind_metrics(
     path: Path,     # metrics.jsonl; it need not exist
     step: int,      # The run goes on after this many steps; 0: it starts anew
+    epoch: int | None = None,   # The epoch to go on in: if it is still to be judged, a row that judged it is undone, too
 ) -> Path | None:   # Where the undone rows are now; None when there were none
     "Keep the rows up to `step`; move all others, and torn lines, to `metrics-undone-after-step-{step}.jsonl` beside it (`-2`, `-3`, ...)"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    stays = [(row := _row(line)) is not None and 0 < row["step"] <= step for line in lines]
+    def stay(row):
+        unjudged = epoch is not None and "val/loss" in (row or {}) and row["epoch"] >= epoch
+        return row is not None and 0 < row["step"] <= step and not unjudged
+    stays = [stay(_row(line)) for line in lines]
     if all(stays): return None
     kept, undone = (b"".join(line for line, stay in zip(lines, stays) if stay == wanted) for wanted in (True, False))
     for number in itertools.count(1):
@@ -95,12 +99,13 @@ class RunRecord(NoRecord):
     def __init__(self,
         run_dir: str | os.PathLike,         # The run's folder; made when it is not there
         step: int | None = None,            # The run goes on after this many steps; None: a new run
+        epoch: int | None = None,           # ... in this epoch
         tracker: NoTracker | None = None,   # Is told each row and the summary; dropped when it fails
     ):
         self.run_dir, self.tracker = Path(run_dir), tracker or NoTracker()
         self.wandb_run_id, self.tracked_at = self.tracker.run_id, self.tracker.place
         make_folder(self.run_dir)
-        self.undone = rewind_metrics(self.run_dir/METRICS_FILE, step or 0)
+        self.undone = rewind_metrics(self.run_dir/METRICS_FILE, step or 0, epoch)
         self._file = open(self.run_dir/METRICS_FILE, "ab", buffering=0)     # unbuffered: a row is one call to the system
         self._write_summary(this_process())
 
@@ -251,6 +256,7 @@ def open_record(
     project: str | None = None,         # W&B's project; None: no W&B
     step: int | None = None,            # Resumed after this many steps: rows after it are moved aside; None: a new run
     wandb_run_id: str | None = None,    # The W&B run to go on with
+    epoch: int | None = None,           # The epoch to go on in
 ) -> RunRecord:
     "Open the record of a run; `OSError` when its folder can't be written. W&B that is missing or broken costs one warning, never the run"
     make_folder(run_dir)
@@ -265,4 +271,4 @@ def open_record(
                 if mode != "disabled": tracker = WandbTracker(run_dir, config, project, wandb_run_id, mode)
         except Exception as error: message = f"the run goes on without W&B ({_in_one_line(error)}); {METRICS_FILE} has every row"
     if message: _warn(message)
-    return RunRecord(run_dir, step, tracker)
+    return RunRecord(run_dir, step, epoch, tracker)

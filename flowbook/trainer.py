@@ -53,7 +53,7 @@ class FlowTrainer(Learner):
         if not self.finished: check_writable(self.folder)
 
     def train(self) -> dict[str, Any]:
-        "Train until the last epoch or until patience runs out; returns the summary. A stop or an error saves the state first."
+        "Train to the last epoch or until patience runs out; returns the summary. A stop, or an error between two steps, saves first."
         if not self._whole: raise RuntimeError("a step of this trainer was cut short or went wrong, so its weights can't be "
                                                'trusted: make a new one with resume_path="auto"')
         if self.finished and self._seen: return self._report_finished()
@@ -114,7 +114,7 @@ class FlowTrainer(Learner):
                                   'make a new one, with resume_path="auto" to go on from there')
         elif self._start is not None: self._start.clear_way(self.folder)
         self._overwrite, self._start = False, None
-        self.record = open_record(self.folder, self.config, self.wandb_project, self.step, self._wandb_run_id)
+        self.record = open_record(self.folder, self.config, self.wandb_project, self.step, self._wandb_run_id, self.epoch)
         self._wandb_run_id = self.record.wandb_run_id
         self._saver, self._started = Saver(self.folder, self._state, self.record.sync), time.monotonic()
 
@@ -157,7 +157,8 @@ class FlowTrainer(Learner):
         self.epoch, best = restore(state, model, self.ema, self.optimizer, self.scheduler, self.early_stopping)
         self.step, self._wandb_run_id = state["step"], state["wandb_run_id"]
         self.meter.load_state_dict(state["progress"]["meter"])
-        self._seconds_before, start.state = state["progress"]["seconds"], {}
+        self._seconds_before = state["progress"]["seconds"]
+        start.state = {}        # Its moments are the optimiser's now, and the rest need not stay in memory
         if start.best is None and math.isfinite(best):
             warnings.warn(f"best.pt is missing or damaged: the state with the validation loss {best:.4g} is lost, and "
                           "the next one that is better becomes the best", stacklevel=3)
@@ -189,12 +190,7 @@ class FlowTrainer(Learner):
               "To train longer, ask for more epochs")
         saved = self._start is None or self._start.path == self.folder / "last.pt" and not self._start.in_the_way
         if saved and written.get("status") == self.status: return summary | {"seconds": written.get("seconds", self.seconds)}
-        with sole_use(self.folder):
-            self._open()
-            if not saved: self._saver.save()
-            self.record.finish(summary, summary["checkpoint_path"])
-            self._close()
-        return summary
+        with sole_use(self.folder): return self._run()
 
     @property
     def seconds(self) -> float:

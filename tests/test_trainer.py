@@ -216,6 +216,41 @@ def test_a_stop_in_the_middle_of_validation_changes_nothing(tmp_path, configured
     assert (unbroken.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
 
 
+def test_a_state_from_before_the_exam_is_older_than_one_from_after_it(tmp_path, configured, new_trainer):
+    """... although both have made as many steps: a run is stopped before an exam, goes on, and is killed when best.pt was written."""
+    config = configured()
+    unbroken = new_trainer(config)
+    unbroken.train()
+    other = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(other, callbacks=[PressCtrlC(14)]).train()
+    killed, before = new_trainer(other, resume_path="auto"), (unbroken.folder.parent.parent / "resumed" / unbroken.folder.name)
+    last = (before / "last.pt").read_bytes()
+    assert (killed.step, killed.epoch) == (14, 2)
+
+    class Killed(BaseException):
+        pass
+
+    class Kill:
+        def on_epoch(self, trainer, metrics):
+            trainer._saver.save_best()
+            raise Killed
+
+    killed.callbacks.append(Kill())
+    with pytest.raises(Killed):
+        killed.train()
+    (before / "last.pt").write_bytes(last)      # as if the newest had not been written any more
+    (before / "previous.pt").unlink()
+    resumed = new_trainer(other, resume_path="auto")
+    assert (resumed.step, resumed.epoch) == (14, 3)         # from best.pt
+    (before / "best.pt").unlink()
+    resumed = new_trainer(other, resume_path="auto")        # from last.pt: the epoch is judged once more, and its row is there once
+    assert (resumed.step, resumed.epoch) == (14, 2)
+    resumed.train()
+    assert_same(final_state(unbroken)[0], final_state(resumed)[0])
+    assert (unbroken.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
+
+
 def test_networks_that_misbehave(configured):
     class Scaled(nn.Module):
         """Changes its inputs in place, which is its own business."""
