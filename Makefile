@@ -39,8 +39,9 @@ book: .venv/book ## make an HTML book of the notebooks as they are stored: book/
 torture: .venv/dev ## kill a run a hundred times at random moments; it must end as if nothing had been
 	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
 
-bench: .venv/dev ## measure what saving costs (benchmarks/results/)
+bench: .venv/dev ## measure what saving and pairing cost (benchmarks/results/)
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/pairing.py
 
 clean: ## remove caches and the book (never environments, data or runs)
 	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

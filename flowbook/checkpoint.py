@@ -135,7 +135,7 @@ def checkpoint_state(*,
             "model_spec": getattr(model, "model_spec", None), "model": dict(model.state_dict()),
             "ema": state_of(ema), "optimizer": state_of(optimizer), "scheduler": state_of(scheduler),
             "early_stopping": state_of(early_stopping), "epoch": epoch, "step": step, "best_val_loss": float(best_val_loss),
-            "stats": None if stats is None else {"mean": stats.mean, "std": stats.std},
+            "stats": None if stats is None else stats.state_dict(),
             "progress": None, "data_fingerprint": None, "wandb_run_id": None} | (extra or {})
 
 # %% ../nbs/10_checkpoint.ipynb #a65b22c4
@@ -234,7 +234,7 @@ def check_stats(
     if on_mismatch not in ("error", "warn"): raise ValueError(f'on_mismatch={on_mismatch!r} is not allowed: it must be "error" or "warn"')
     current = current_stats if isinstance(current_stats, NormalizationStats) else NormalizationStats.load(current_stats)
     if state["stats"] is None: problem = "the checkpoint holds no normalisation statistics to compare with"
-    else: problem = NormalizationStats(state["stats"]["mean"].cpu(), state["stats"]["std"].cpu()).difference(current)
+    else: problem = NormalizationStats(**state["stats"]).to("cpu").difference(current)
     if not problem: return print("Stats consistency check: PASSED")
     problem = f"Stats consistency check: FAILED. {problem}. Was the data set prepared anew since the run was started?"
     if on_mismatch == "error": raise ValueError(problem)

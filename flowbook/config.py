@@ -32,7 +32,8 @@ _NAME = _matches(r"[A-Za-z0-9][A-Za-z0-9._+-]*", "letters, digits and . _ + - on
 
 # %% ../nbs/00_config.ipynb #cb85b333
 LIMITS = dict(
-    arch=_NAME, flow=_NAME, dataset=_NAME, aug=_NAME, noise_std=_at_least(0), mixup_alpha=_above(0),
+    arch=_NAME, flow=_NAME, dataset=_NAME, source=_NAME, aug=_NAME, noise_std=_at_least(0), mixup_alpha=_above(0),
+    steps_per_epoch=_at_least(0),
     seed=(lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"), epochs=_at_least(1), batch_size=_at_least(1),
     lr=_above(0), weight_decay=_at_least(0), warmup_steps=_at_least(0),
     schedule=(lambda value: value in ("cosine", "constant"), '"cosine" or "constant"'),
@@ -101,7 +102,7 @@ STATS_FILE = "normalization_stats.pt"
 def split_dataset_name(dataset: str) -> tuple[str | None, str | None]:
     "The source and the size that a name like `digits-1k` means: `('digits', '1k')`; None for the part that it does not say"
     source, _, size = dataset.rpartition("-")
-    if re.fullmatch(r"\d+k?|all", size): return source or None, size
+    if re.fullmatch(r"\d+k?|all|endless", size): return source or None, size
     return dataset, None
 
 def prepared_sources(data_dir: str | os.PathLike) -> list[str]:
@@ -159,7 +160,8 @@ class TrainingConfig:
     "Every choice of a run. A wrong type or range raises `TypeError` or `ValueError` naming the field, the value and what is allowed."
     arch: str = "mlp"                   # Velocity network, as in `create_model(arch)`
     flow: str = "icfm"                  # Flow, as in `create_flow(flow)`
-    dataset: str = "digits-1k"          # Data source and number of training points, as in digits-1k or moons-all
+    dataset: str = "digits-1k"          # Data set and number of training points, as in digits-1k, moons-all or moons-endless
+    source: str = "gaussian"            # Where flows begin: N(0, I), or another distribution, as in 8gaussians or digits-all
     aug: str = "none"                   # Augmentation of training points: none, noise, mixup, mixup+noise
     group: str | None = None            # Name under which the runs of one study are grouped
     arch_options: dict = field(default_factory=dict)    # Options of the network, such as width
@@ -168,6 +170,7 @@ class TrainingConfig:
     mixup_alpha: float = 0.2            # Mixup weights are drawn from Beta(alpha, alpha)
     seed: int = 42                      # Decides every random draw of the run (and the first weights, through set_seed)
     epochs: int = 300                   # Passes over the training points, at most
+    steps_per_epoch: int = 0            # Steps of an epoch on an endless data set, which needs a number; 0: a pass over the points
     batch_size: int = 64                # Points per step
     lr: float = 1e-3                    # Peak learning rate of AdamW
     weight_decay: float = 0.01          # Weight decay of AdamW
@@ -202,8 +205,9 @@ class TrainingConfig:
 
     @property
     def run_name(self) -> str:
-        "`{arch}-{flow}-{dataset}-{aug}`, and `-s{seed}` after it when the seed is not the default"
-        name = f"{self.arch}-{self.flow}-{self.dataset}-{self.aug}"
+        "`{arch}-{flow}-{dataset}-{aug}`; with `{source}-to-` and `-s{seed}` in it when these are not the default"
+        data = self.dataset if self.source == "gaussian" else f"{self.source}-to-{self.dataset}"
+        name = f"{self.arch}-{self.flow}-{data}-{self.aug}"
         return name if self.seed == TrainingConfig.seed else f"{name}-s{self.seed}"
 
     def validate_stats_path(self) -> None:

@@ -8,6 +8,7 @@ __all__ = ['EXAM_BLOCK', 'EarlyStopping', 'validation_exam']
 # %% ../nbs/09_early_stopping.ipynb #177abf60
 import math
 from torch import Tensor
+from .flow_matching import Flow, stratified
 from .randomness import Randomness
 
 # %% ../nbs/09_early_stopping.ipynb #16892404
@@ -48,7 +49,7 @@ class EarlyStopping:
 EXAM_BLOCK = 256
 
 def validation_exam(
-    flow,                       # As `create_flow` makes it
+    flow: Flow,                 # The run's own, fitted to these points where its coupling is
     points: Tensor,             # Normalised validation points, shape (n, *data_shape)
     seed: int,                  # The run's seed, 0 to 2**32 - 1
 ) -> list[tuple[Tensor, Tensor, Tensor]]:   # Blocks of (x_t, t, u_t), of 256 points and one of what is left
@@ -56,7 +57,7 @@ def validation_exam(
     randomness, blocks = Randomness(seed), []
     for number, x1 in enumerate(points.cpu().split(EXAM_BLOCK)):
         generator = randomness.generator("validation", number)
-        x0, t = flow.source_like(x1, generator), flow.time.stratified(len(x1), generator=generator)
+        x0, t = flow.source_like(x1, generator), flow.in_range(stratified(len(x1), generator=generator))
         sample = flow.sample(x0, x1, t, generator)
         blocks.append((sample.x_t, sample.t, sample.u_t))
     return blocks

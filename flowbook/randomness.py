@@ -22,7 +22,7 @@ def _scramble(word: int) -> int:
     return word ^ word >> 16
 
 # %% ../nbs/02_randomness.ipynb #d45b33c2
-STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation")
+STREAMS = ("split", "order", "augment", "source", "flow", "model", "validation", "data", "pair")
 
 def random_key(
     seed: int,      # The run's seed, 0 to 2**32 - 1

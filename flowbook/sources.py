@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'SAMPLERS', 'READERS', 'digits', 'moons', 'eight_gaussians', 'checkerboard', 's_curve',
-           'holds_its_numbers', 'load_torch_file', 'check_points', 'read_points', 'load_points']
+           'register_sampler', 'holds_its_numbers', 'load_torch_file', 'check_points', 'read_points', 'load_points']
 
 # %% ../nbs/03_sources.ipynb #fbe7b018
 import csv, math, os, pickle, zipfile
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 import numpy as np
@@ -53,6 +54,15 @@ def s_curve(points: int, generator: torch.Generator) -> Tensor:
     return torch.stack([t.sin(), t.sign() * (t.cos() - 1)], 1) + 0.1 * noise
 
 SAMPLERS = {"moons": moons, "8gaussians": eight_gaussians, "checkerboard": checkerboard, "scurve": s_curve}
+
+# %% ../nbs/03_sources.ipynb #01f139bd
+def register_sampler(
+    name: str,      # Name to be known by
+    draw: Callable[[int, torch.Generator], Tensor],     # draw(n, generator) -> (n, *data_shape), float32, on the generator's device
+) -> None:
+    "Add a distribution to the table. `ValueError` if the name is taken."
+    if name in (*COLLECTIONS, *SAMPLERS): raise ValueError(f"a source named {name!r} is there already: choose another name")
+    SAMPLERS[name] = draw
 
 # %% ../nbs/03_sources.ipynb #0e5a8636
 def _read_array(file: BinaryIO, size: int) -> np.ndarray:

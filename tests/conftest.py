@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flowbook.config import TrainingConfig
-from flowbook.data import prepare_dataset
+from flowbook.data import AUGMENTATIONS, prepare_dataset
+from flowbook.flows import FLOWS
 from flowbook.nets import create_model
 from flowbook.randomness import set_seed
 from flowbook.trainer import FlowTrainer
@@ -31,6 +32,30 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     prepare_dataset("moons", folder, points=1000)
     return folder
+
+
+# Every flow with all augmentations at once, one that pairs the points of two steps together, and every augmentation with one flow
+FLOW_CASES = [*[pytest.param((name, {}, "mixup+noise"), id=name) for name in FLOWS],
+              pytest.param(("otcfm", {"ot_batch_size": 200}, "mixup+noise"), id="otcfm of two steps"),
+              *[pytest.param(("icfm", {}, aug), id=f"icfm, {aug}") for aug in AUGMENTATIONS if aug != "mixup+noise"]]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, data_dir):
+    """The folder of a finished run, whose pairs reflow can use."""
+    config = TrainingConfig(dataset="moons-all", epochs=2, batch_size=100, arch_options={"width": 16, "depth": 2},
+                            data_dir=str(data_dir), checkpoint_dir=str(tmp_path_factory.mktemp("trained")))
+    set_seed(config.seed)
+    trainer = FlowTrainer(create_model(config.arch, (2,), **config.arch_options), config, wandb_project=None)
+    trainer.train()
+    return trainer.folder
+
+
+@pytest.fixture
+def flow_case(request, trained_run):
+    """Settings that choose flow and augmentation: `@pytest.mark.parametrize("flow_case", FLOW_CASES, indirect=True)`."""
+    name, options, aug = request.param
+    return {"flow": name, "flow_options": {"from_run": str(trained_run)} if name == "reflow" else options, "aug": aug}
 
 
 @pytest.fixture

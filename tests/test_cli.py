@@ -1,5 +1,6 @@
 """The command as a user types it: in a process of its own, with exit codes, kills and mistakes."""
 
+import json
 import signal
 import subprocess
 import time
@@ -78,6 +79,39 @@ def test_own_vectors_from_preparing_to_sampling(flowbook, tmp_path):
     assert np.load(tmp_path / "checkpoints/mlp-icfm-embeddings-all-none/samples.npy").shape == (10, 384)
 
 
+def test_a_run_is_evaluated_for_programs_and_for_people(flowbook, moons, tmp_path):
+    assert flowbook("train", "--epochs", 2, *SMALL).returncode == 0
+    result = flowbook("evaluate", RUN, "--most", 40)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "checkpoints" / RUN
+    results = json.loads((folder / "evaluation.json").read_text())
+    assert results["run"] == RUN and results["points"] == 40
+    assert [sampler["evaluations"] for name, sampler in results["samplers"].items() if name != "dopri5"] == [1, 2, 4, 8, 100]
+    assert results["baseline"]["sliced_wasserstein"] < results["samplers"]["euler-1"]["sliced_wasserstein"]
+    for line in (folder / "evaluation.md").read_text().splitlines()[2:]:
+        assert line in result.stdout
+    first = (folder / "evaluation.json").read_bytes()
+    assert flowbook("evaluate", str(folder), "--most", 40, "--data-dir", str(tmp_path / "datasets")).returncode == 0
+    assert json.loads((folder / "evaluation.json").read_bytes()) == json.loads(first) | {"checkpoint": str(folder / "best.pt")}
+    gone = flowbook("evaluate", RUN, "--data-dir", "elsewhere")
+    assert gone.returncode == 2 and "elsewhere" in gone.stderr and (folder / "evaluation.md").exists()
+
+
+def test_one_distribution_is_carried_to_another_from_the_command_line(flowbook, tmp_path):
+    """8gaussians → moons in their own units, from endless data; then samples, and what they are worth."""
+    assert flowbook("prepare", "moons", "--points", 1000, "--no-normalize").returncode == 0
+    trained = flowbook("train", "--flow", "otcfm", "--flow-options", "ot_batch_size=256", "--source", "8gaussians", "--dataset",
+                       "moons-endless", "--steps-per-epoch", 20, "--epochs", 2, "--batch-size", 64, "--wandb-project", "None")
+    assert trained.returncode == 0, trained.stderr
+    assert "fresh points of shape (2,)" in trained.stdout and "20 steps an epoch" in trained.stdout
+    run = "mlp-otcfm-8gaussians-to-moons-endless-none"
+    assert (tmp_path / "checkpoints" / run / "samples.png").exists()
+    assert "evaluations of the network for each" in flowbook("sample", run, "-n", 10).stdout
+    evaluated = flowbook("evaluate", run, "--most", 40)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "log-likelihood of the test points: not measured" in evaluated.stdout
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["train"], "type: flowbook prepare digits"),
     (["train", "--config", "missing.toml"], "missing.toml"),
@@ -88,7 +122,9 @@ def test_own_vectors_from_preparing_to_sampling(flowbook, tmp_path):
     (["prepare", "minist"], "minist"),
     (["prepare", "digits", "--sizes", "5k"], "1,259 training points"),
     (["sample", "nothing"], "runs in checkpoints: none yet"),
-    (["sing"], "unknown command 'sing': it must be one of prepare, train, sample, gpu"),
+    (["evaluate", "nothing"], "runs in checkpoints: none yet"),
+    (["train", "--flow", "reflow"], "type: flowbook prepare digits"),
+    (["sing"], "unknown command 'sing': it must be one of prepare, train, sample, evaluate, gpu"),
 ])
 def test_a_mistake_is_a_sentence_and_leaves_nothing_behind(flowbook, tmp_path, arguments, words):
     result = flowbook(*arguments)

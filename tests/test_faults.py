@@ -30,7 +30,8 @@ from flowbook.cli import main
 from flowbook.data import AUGMENTATIONS, FlowDataset, prepare_dataset
 from flowbook.early_stopping import EarlyStopping
 from flowbook.ema import EMAModel
-from flowbook.flows import FLOWS, FlowRow, LinearPath
+from flowbook.flow_matching import LinearPath
+from flowbook.flows import FLOWS, FlowRow
 from flowbook.nets import ARCHITECTURES, MLP, create_model
 from flowbook.runs import Saver, read_summary, sole_use
 from flowbook.sampling import load_flow

@@ -21,7 +21,8 @@ json_values = st.recursive(
 BY_TYPE = {str: text, str | None: st.none() | text, bool: st.booleans(), dict: st.dictionaries(text, json_values, max_size=3),
            tuple[str, ...]: st.lists(text, max_size=3).map(tuple)}
 BY_NAME = dict(
-    arch=name, flow=name, dataset=name, aug=name, seed=st.integers(0, 2**32 - 1), schedule=st.sampled_from(Schedule.__args__),
+    arch=name, flow=name, dataset=name, source=name, aug=name, seed=st.integers(0, 2**32 - 1),
+    steps_per_epoch=st.integers(0, MOST), schedule=st.sampled_from(Schedule.__args__),
     noise_std=st.floats(0, 1e300), mixup_alpha=st.floats(0, 1e300, exclude_min=True), lr=st.floats(0, 1e300, exclude_min=True),
     weight_decay=st.floats(0, 1e300), ema_decay=st.floats(0, 1, exclude_max=True), grad_clip=st.floats(0, 1e300),
     min_delta=st.floats(0, 1e300), epochs=st.integers(1, MOST), batch_size=st.integers(1, MOST), warmup_steps=st.integers(0, MOST),

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import assert_same, training_state
+from conftest import FLOW_CASES, assert_same, training_state
 from flowbook.checkpoint import CheckpointError, read_checkpoint
-from flowbook.data import AUGMENTATIONS, FlowDataset, prepare_dataset
-from flowbook.flows import FLOWS
+from flowbook.data import FlowDataset, prepare_dataset
 from flowbook.learner import NotFinite
 from flowbook.nets import create_model
 from flowbook.runs import read_summary
@@ -46,10 +45,9 @@ def interrupted_and_resumed(new_trainer, config, step):
     return resumed
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("aug", AUGMENTATIONS)
-def test_resumed_equals_uninterrupted_for_every_flow_and_augmentation(tmp_path, configured, new_trainer, flow, aug):
-    config = configured(flow=flow, aug=aug, arch_options={"width": 16, "depth": 2, "dropout": 0.2})
+@pytest.mark.parametrize("flow_case", FLOW_CASES, indirect=True)
+def test_resumed_equals_uninterrupted_for_every_flow_and_augmentation(tmp_path, configured, new_trainer, flow_case):
+    config = configured(**flow_case, arch_options={"width": 16, "depth": 2, "dropout": 0.2})
     unbroken = new_trainer(config)
     unbroken.train()
     other = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
@@ -465,8 +463,8 @@ def test_a_bad_step_reaches_neither_weights_nor_moments_nor_average(configured, 
     for learner, steps in ((trainer, 14), (stopped, 10)):
         while learner.step < steps:
             learner.epoch = learner.step // learner.steps_per_epoch + 1
-            for x1 in learner.batches():
-                learner.update(x1)
+            for _ in learner.steps():
+                learner.update()
                 if learner.step == steps:
                     break
     assert_same(dict(trainer.model.state_dict()), dict(stopped.model.state_dict()))
@@ -515,8 +513,8 @@ def test_no_step_waits_for_a_number(configured, new_trainer, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__"):
         method = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, method=method, name=name: waits.append(name) or method(self, *a))
-    for x1 in trainer.batches():
-        trainer.update(x1)
+    for _ in trainer.steps():
+        trainer.update()
     assert trainer.step == 7 and waits == []
     trainer.read_meter()
     assert waits == ["tolist"]
