@@ -1,6 +1,7 @@
 """What holds for every chapter: its place in the order, that it runs alone, and what importing the package costs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tools.check import chapter_order, export_targets, notebooks
 
 ROOT = Path(__file__).parent.parent
+LONG = ["06_why_couplings_matter"]
 HEAVY = ["wandb", "matplotlib", "sklearn", "scipy", "ot", "torchdiffeq", "pandas"]
 
 # nbdev_test runs several notebooks in one process, so that one may lean on what another left behind; this does not
@@ -73,6 +75,8 @@ def test_an_export_from_a_tutorial_and_a_wrong_target_are_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda path: path.stem)
 def test_notebook_runs_alone(notebook):
+    if notebook.stem in LONG and "FLOWBOOK_LONG" not in os.environ:
+        pytest.skip("it takes five minutes: FLOWBOOK_LONG=1 runs it, too")
     result = run_alone(notebook, "cuda")  # slow cells, too: the tutorials train for real
     assert result.returncode == 0, result.stderr
 
