@@ -87,7 +87,7 @@ def evaluate(
     test: Tensor,           # Real points that it was not trained on, likewise
     samplers: dict[str, dict[str, Any]] = EVALUATED_SAMPLERS,   # What to call `flow.sample` with; the last is also searched for copies
     most: int = 2000,       # Most samples and test points to compare; time grows by more than its square
-    paths: int = 500,       # Most trajectories to measure: each is held at 101 times
+    trajectories: int = 500,    # Most trajectories to measure: each is held at 101 times
     seed: int = 0,          # Decides every draw, all of them on the CPU
 ) -> dict[str, Any]:        # Plain numbers, words and dictionaries; distances in data units, trajectories in normalised ones
     """What a run should be judged by: each sampler's price and distances, the baseline, ways, copies, likelihood.
@@ -110,7 +110,7 @@ def evaluate(
         samples = drawn.pop("samples", None)
         results["samplers"][name] = drawn if samples is None else drawn | _or_why_not(_distances, samples, unseen, varies, seed)
     return results | {
-        "trajectories": _or_why_not(_ways, flow, min(n, paths), random.generator("source")),
+        "trajectories": _or_why_not(_ways, flow, min(n, trajectories), random.generator("source")),
         "memorization": drawn if samples is None else _or_why_not(memorization, samples, train, unseen),
         "log_likelihood": _or_why_not(_likelihood, flow, unseen, int(varies.sum()), random.generator("flow"))}
 

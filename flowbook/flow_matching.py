@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .config import TrainingConfig, atomic_path, split_dataset_name, unknown_name
-from .data import FlowDataset, NormalizationStats
+from .data import FlowDataset, NormalizationStats, fingerprint
 from .sources import SAMPLERS, load_torch_file
 
 # %% ../nbs/05_flow_matching.ipynb #c76f0397
@@ -111,7 +111,7 @@ TIMES: dict[str, Callable] = {"uniform": UniformTime, "stratified": StratifiedTi
 # %% ../nbs/05_flow_matching.ipynb #469b95ed
 class GaussianSource:
     "x0 ~ N(0, I), in normalised units"
-    gaussian = True
+    gaussian, fingerprint = True, ""
 
     def like(self, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "As many source points as there are in `x1`, in its shape, type and place"
@@ -125,8 +125,14 @@ class SampledSource:
         name: str,                      # What it is called
         draw: Callable[[int, torch.Generator], Tensor],     # draw(n, generator) -> (n, *data_shape) on the generator's device
         stats: NormalizationStats,      # Of the data that the source is carried to
+        fingerprint: str = "",          # Digest of the points, where they are a data set's
     ):
-        self.name, self._draw, self._stats = name, draw, stats
+        self.name, self._draw, self._stats, self._fingerprint = name, draw, stats, fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        "Digest of the points that are drawn from; empty for a sampler, whose name says all"
+        return self._fingerprint
 
     def like(self, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "As many source points as there are in `x1`, in its shape, type and place"
@@ -141,13 +147,13 @@ def create_source(
 ) -> GaussianSource | SampledSource:
     "The source of that name. `ValueError` or `FileNotFoundError` when there is none, or its points have another shape than the data."
     if name == "gaussian": return GaussianSource()
-    draw = SAMPLERS.get(name) or _draw_from(name, data_dir)
+    draw, digest = (SAMPLERS[name], "") if name in SAMPLERS else _draw_from(name, data_dir)
     shape = tuple(draw(1, torch.Generator().manual_seed(0)).shape[1:])
     if shape != stats.data_shape: raise ValueError(f"source={name!r} has points of shape {shape}, and the data {stats.data_shape}")
-    return SampledSource(name, draw, stats)
+    return SampledSource(name, draw, stats, digest)
 
-def _draw_from(name: str, data_dir: str | os.PathLike) -> Callable[[int, torch.Generator], Tensor]:
-    "Draws, with replacement, from the training points of a prepared data set, in its own units"
+def _draw_from(name: str, data_dir: str | os.PathLike) -> tuple[Callable[[int, torch.Generator], Tensor], str]:
+    "What draws, with replacement, from the training points of a prepared data set, in its own units; and their digest"
     source, size = split_dataset_name(name)
     if size is None: raise ValueError(f"{unknown_name('source', name, ['gaussian', *SAMPLERS])}; or a prepared data set and its size, "
                                       "as in digits-all")
@@ -155,8 +161,8 @@ def _draw_from(name: str, data_dir: str | os.PathLike) -> Callable[[int, torch.G
     points = dataset.denormalize(dataset.tensor)
     def draw(n, generator):
         rows = torch.randint(len(points), (n,), device=generator.device, generator=generator)
-        return points.to(generator.device)[rows]
-    return draw
+        return points[rows.to(points.device)].to(generator.device)
+    return draw, dataset.fingerprint
 
 # %% ../nbs/05_flow_matching.ipynb #aa88c9df
 def _spelt(part) -> str:
@@ -180,7 +186,7 @@ class Flow:
         coupling=None,          # Has `pair(x0, x1, generator) -> (x0, x1, index)`; None: by chance
         path=None,              # Has `at(x0, x1, t, generator) -> (x_t, u_t)` and `time_range`; None: straight
         time=None,              # Has `draw(n, device, generator)`; None: uniform
-        source=None,            # Has `like(x1, generator)`; None: N(0, I)
+        source=None,            # Has `like(x1, generator)`, `gaussian` and `fingerprint`; None: N(0, I)
     ):
         self.name, self.coupling, self.path = name, coupling or IndependentCoupling(), path or LinearPath()
         self.time, self.source, self.fitted = time or UniformTime(), source or GaussianSource(), None
@@ -198,7 +204,8 @@ class Flow:
     ) -> "Flow":                            # This flow
         "Let the coupling see the data set, where it needs to"
         if not hasattr(self.coupling, "fit"): return self
-        made_from = f"{self!r} {self.coupling.made_from(dataset)} {dataset.fingerprint} {dataset.stats!r} {seed} {held_out}"
+        points = dataset.fingerprint, fingerprint(torch.stack([dataset.stats.mean, dataset.stats.std])), dataset.stats.sphere
+        made_from = f"{self!r} {self.source.fingerprint} {self.coupling.made_from(dataset)} {points} {seed} {held_out}"
         key = hashlib.sha256(made_from.encode()).hexdigest()
         found = read_fit(kept, key)
         self.fitted = {"key": key, "found": self.coupling.fit(dataset, self.source, seed, device, held_out) if found is None else found}

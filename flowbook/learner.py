@@ -154,9 +154,9 @@ class Learner:
         self.config, self.device = config, select_device(device or config.device)
         self.augment = create_augmentation(config.aug, config.noise_std, config.mixup_alpha)
         self.train_dataset, self.val_dataset = data_sets(config, train_dataset, val_dataset)
-        self.flow, exam_flow = self._new_flow(), self._new_flow()
-        if getattr(self.flow.path, "on_sphere", False):
+        if getattr(create_flow(config.flow, **config.flow_options).path, "on_sphere", False):
             self.train_dataset, self.val_dataset = self.train_dataset.on_sphere(), self.val_dataset.on_sphere()
+        self.flow, exam_flow = self._new_flow(), self._new_flow()       # Their source is normalised as the data is
         self.randomness = Randomness(config.seed, self.device)
         self.loader = create_dataloader(self.train_dataset, config.batch_size, shuffle=True, seed=config.seed, drop_last=True,
                                         device=self.device, steps_per_epoch=config.steps_per_epoch)
@@ -282,5 +282,5 @@ class Learner:
 
     @property
     def data_fingerprint(self) -> str:
-        "Digests of the training and validation points"
-        return f"{self.train_dataset.fingerprint} {self.val_dataset.fingerprint}"
+        "Digests of the training and validation points, and of the source's where it has any"
+        return f"{self.train_dataset.fingerprint} {self.val_dataset.fingerprint} {self.flow.source.fingerprint}".rstrip()

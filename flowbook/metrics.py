@@ -138,7 +138,7 @@ def normalized_path_energy(
     x: Tensor,      # Where n points are at these times, shape (T, n, *data_shape)
     data: Tensor | None = None,     # n points of data, shape (n, *data_shape): W₂² from x[0] to these, as the paper has it; None: to x[-1]
 ) -> float:         # 0: the points go straight, at one speed, and by the best plan
-    """|PE - W₂²| / W₂² (Tong et al., 2024), W₂² between the ends of the trajectories, or from their start to `data`.
+    """|PE - W₂²| / W₂² (Tong et al., 2024, arXiv 2302.00482), W₂² between the ends of the trajectories, or from their start to `data`.
 
     `ValueError` as for `path_energy` and `as_vectors`, and when W₂² is 0 or less than a millionth of PE."""
     energy, least = path_energy(t, x), wasserstein2_squared(x[0], x[-1] if data is None else data)

@@ -10,7 +10,7 @@ import math, os, time, warnings
 from typing import Any
 from torch import nn
 from .checkpoint import check_plain, checkpoint_state, get_checkpoint_path, restore, run_folder
-from .config import TrainingConfig
+from .config import TrainingConfig, make_folder
 from .data import EndlessDataset, FlowDataset
 from .device import device_name
 from .display import ProgressLine
@@ -115,9 +115,10 @@ class FlowTrainer(Learner):
                                   'make a new one, with resume_path="auto" to go on from there')
         elif self._start is not None: self._start.clear_way(self.folder)
         self._overwrite, self._start = False, None
+        make_folder(self.folder)
+        self.flow.write_fit(self._kept_fit)     # Before the record is opened: a full disk leaves nothing that looks like a run
         self.record = open_record(self.folder, self.config, self.wandb_project, self.step, self._wandb_run_id, self.epoch)
         self._wandb_run_id = self.record.wandb_run_id
-        self.flow.write_fit(self._kept_fit)
         self._saver, self._started = Saver(self.folder, self._state, self.record.sync), time.monotonic()
 
     def _end(self, status: str, reason: BaseException | None = None) -> dict[str, Any]:

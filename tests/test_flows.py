@@ -1,6 +1,7 @@
 """Flows as a run uses them: any source, endless data, points paired for several steps, couplings that are fitted."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -232,6 +233,36 @@ def test_reflow_of_other_statistics_is_refused_before_anything_is_written(tmp_pa
         new_trainer(configured(flow="reflow", flow_options={"from_run": "nowhere"}))
 
 
+def test_a_fit_is_kept_for_the_same_statistics_only():
+    """The two agree in shape, smallest and largest value, and differ in which feature has which."""
+    points = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    data = [FlowDataset.from_tensor(points, NormalizationStats(torch.zeros(2), std)) for std in torch.tensor([[1.0, 2.0], [2.0, 1.0]])]
+    keys = [create_flow("semidiscrete", fit_steps=1).fit(dataset).fitted["key"] for dataset in data]
+    assert keys[0] != keys[1]
+
+
+def test_a_fit_that_can_not_be_written_leaves_nothing_that_looks_like_a_run(configured, new_trainer):
+    trainer = new_trainer(configured(flow="semidiscrete", flow_options={"fit_steps": 10}))
+    (trainer.folder / "coupling.pt").mkdir(parents=True)       # in the way
+    with pytest.raises(OSError):
+        trainer.train()
+    assert [path.name for path in trainer.folder.iterdir()] == ["coupling.pt"]
+
+
+def test_a_run_whose_source_is_another_data_set_now_is_not_resumed(tmp_path, configured, new_trainer, data_dir):
+    config = configured(source="beginning-all")
+    for seed, refused in ((0, False), (0, False), (1, True)):
+        points = torch.randn(200, 2, generator=torch.Generator().manual_seed(seed))
+        torch.save(points, tmp_path / "beginning.pt")
+        shutil.rmtree(data_dir / "beginning", ignore_errors=True)
+        prepare_dataset(tmp_path / "beginning.pt", data_dir)
+        if refused:
+            with pytest.raises(ValueError, match="started on other data points"):
+                new_trainer(config, resume_path="auto")
+        else:
+            new_trainer(config, resume_path="auto").train()
+
+
 # ---- the sphere
 
 def test_a_flow_on_the_sphere_brings_data_there_and_samples_stay_there(configured, new_trainer):
@@ -245,6 +276,13 @@ def test_a_flow_on_the_sphere_brings_data_there_and_samples_stay_there(configure
         assert (samples.norm(dim=1) - 1).abs().max() < 1e-5
     with pytest.raises(ValueError, match="sphere"):
         flow.log_prob(samples)
+
+
+def test_on_the_sphere_a_run_is_trained_from_the_source_that_samples_come_from(configured, new_trainer):
+    trainer = new_trainer(configured(flow="slerp", source="8gaussians", epochs=1))
+    flow = load_flow(trainer.train()["checkpoint_path"])
+    seen, drawn = (source.like(torch.empty(50, 2), torch.Generator().manual_seed(0)) for source in (trainer.flow.source, flow.source))
+    assert torch.equal(seen, drawn) and (seen.norm(dim=1) - 1).abs().max() < 1e-6
 
 
 def test_points_without_a_direction_are_refused_on_the_sphere(configured, new_trainer):

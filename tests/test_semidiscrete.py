@@ -85,6 +85,17 @@ def test_every_point_gets_its_share_and_ways_are_shorter_than_within_batches(sou
     assert whole < 0.95 * within
 
 
+@pytest.mark.parametrize("stats", ["identity", "normalised"])
+def test_heaps_far_from_each_other_get_their_halves_and_each_point_its_share(stats):
+    """Between them there is no noise that small steps could move: it takes large ones, while there are few points."""
+    points = 0.1 * torch.randn(300, 2, generator=generator(0)) + torch.tensor([[0.0, 0.0], [20.0, 0.0]]).repeat_interleave(150, 0)
+    dataset = data_set(points) if stats == "identity" else FlowDataset.from_tensor(points)
+    coupling = fitted(dataset)
+    found = shares(coupling, dataset)
+    assert coupling.convergence["chi2"] < 0.02 and abs(found[:150].sum() - 0.5) < 0.005
+    assert 300 * found.square().sum() - 1 < 0.02 + 300 / 200_000
+
+
 def test_equal_points_share_what_their_place_gets():
     place = torch.tensor([[0.0, 2.0], [3.0, 0.0], [-1.0, -1.0]])
     dataset = data_set(place[[0, 1, 1, 1, 2]])
