@@ -105,14 +105,13 @@ def climb(
     "Averaged stochastic gradient ascent, by itself finding out the size of its steps"
     n = len(heights)
     batch, length, steps, averaged, mean, smallest = min(max(n // 4, 256), NOISE_AT_ONCE), 256, 0, 0, heights, rate * 1e-8
-    expected = batch * weights
-    crowd, calm = expected + 8 * expected.sqrt() + 4, min(n / batch / 8, 0.5)
+    expected, calm = batch * weights, min(n / batch / 8, 0.5)
     while steps < most and rate > smallest:
         length, chi2, total = min(length, most - steps), 0.0, 0.0
         for _ in range(length):
             counts = count_partners(noise, columns, heights, batch)
             chi2, total = chi2 + chi_squared(counts, weights) / length, total + counts
-            heights = heights + rate * (counts.minimum(crowd) - expected) / expected.sqrt()
+            heights = heights + rate * (counts - expected) / expected.sqrt()
             averaged += 1
             mean = mean + (heights - mean) / averaged
         steps += length

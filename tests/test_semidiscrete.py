@@ -96,6 +96,23 @@ def test_heaps_far_from_each_other_get_their_halves_and_each_point_its_share(sta
     assert 300 * found.square().sum() - 1 < 0.02 + 300 / 200_000
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dimension", [2, 5])
+def test_points_far_out_are_reached(dimension, seed):
+    """Heavy tails: the farthest is a hundred times as far out as the middle one. Steps that only shrink never get there."""
+    draw = generator(seed)
+    points = torch.randn(200, dimension, generator=draw) / torch.rand(200, 1, generator=draw)
+    dataset = FlowDataset.from_tensor(points)
+    coupling = fitted(dataset, seed=seed)
+    assert coupling.convergence["chi2"] < 0.1 and shares(coupling, dataset).max() < 2 / 200
+
+
+@pytest.mark.parametrize("goal", [0.1, 0.01, 0.001])
+def test_it_stops_where_it_is_asked_to(goal):
+    coupling = fitted(FlowDataset.from_tensor(SAMPLERS["8gaussians"](200, generator(0))), fit_chi2=goal, fit_steps=50_000)
+    assert coupling.convergence["chi2"] < 1.5 * goal
+
+
 def test_equal_points_share_what_their_place_gets():
     place = torch.tensor([[0.0, 2.0], [3.0, 0.0], [-1.0, -1.0]])
     dataset = data_set(place[[0, 1, 1, 1, 2]])
