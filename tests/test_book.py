@@ -75,13 +75,15 @@ def test_outputs_are_shown_as_they_are_stored(page):
     picture = {"image/png": base64.b64encode(b"dots").decode(), "text/plain": "<Figure>"}
     outputs = [new_output("stream", text="\x1b[31mred\x1b[0m\n"), new_output("display_data", data=picture),
                new_output("execute_result", data={"text/html": "<b>\n\nrich</b>", "text/plain": "plain"}),
+               new_output("execute_result", data={"text/markdown": "| a |\n|---|\n| [b](00_first.ipynb) |", "text/plain": "<Markdown>"}),
                new_output("execute_result", data={"text/plain": "'a ``` b'"})]
     chapter = page(new_code_cell("show()", outputs=outputs))
     [(name, contents)] = chapter.pictures.items()
     assert contents == b"dots" and f"]({name})" in chapter.text
-    for shown in ("```text\nred\n```", "```{raw} html\n<b>\n\nrich</b>\n```", "````text\n'a ``` b'\n````"):
+    for shown in ("```text\nred\n```", "```{raw} html\n<b>\n\nrich</b>\n```", "\n\n| a |\n|---|\n| [b](00_first.ipynb) |\n\n",
+                  "````text\n'a ``` b'\n````"):
         assert shown in chapter.text
-    assert "plain" not in chapter.text and "<Figure>" not in chapter.text
+    assert "plain" not in chapter.text and "<Figure>" not in chapter.text and "<Markdown>" not in chapter.text
 
 
 def test_the_contents_come_from_the_folder_and_links_lead_to_pages(repository, tmp_path):

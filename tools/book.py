@@ -116,6 +116,8 @@ class Page:
             return fenced(text, "text") if text.strip() else ""
         if "text/html" in output.data:
             return fenced(output.data["text/html"], "{raw} html")
+        if "text/markdown" in output.data:
+            return f'<div class="markdown">\n\n{self.markdown(output.data["text/markdown"])}\n\n</div>'
         for kind, suffix in PICTURES.items():
             if kind in output.data:
                 data = output.data[kind]
