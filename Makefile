@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test lab check export readme book torture bench clean
+.PHONY: help train test lab check export readme book torture bench reproduce clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -42,6 +42,10 @@ torture: .venv/dev ## kill a run a hundred times at random moments; it must end 
 bench: .venv/dev ## measure what saving and pairing cost (benchmarks/results/)
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/pairing.py
+
+# ARGS are the script's own, as in `make reproduce ARGS="otcfm --seeds 0 1 2"`.
+reproduce: .venv/dev ## run a published table again, seed by seed; goes on where it was stopped (benchmarks/results/c2ot.json)
+	$(BIN)/python benchmarks/c2ot.py $(ARGS)
 
 clean: ## remove caches and the book (never environments, data or runs)
 	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
