@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from flowbook.checkpoint import save_checkpoint
 from flowbook.config import TrainingConfig
-from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling, ReflowCoupling, alignment, entropic_plan
+from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling, ReflowCoupling, alignment, assignment, entropic_plan
 from flowbook.data import FlowDataset
 from flowbook.flow_matching import Flow, GaussianSource, create_source
 from flowbook.nets import create_model
@@ -75,6 +76,26 @@ def test_no_permutation_of_few_points_costs_less(n):
         x0, x1 = points((n, 2), seed)
         best = min(cost_of(x0, x1, list(order)) for order in itertools.permutations(range(n)))
         assert cost_of(x0, x1, OptimalTransportCoupling().pair(x0, x1)[2]) == pytest.approx(best, rel=1e-6), f"seed {seed}"
+
+
+# Above 255 points the solver is given a start
+@pytest.mark.parametrize("n", [256, 259, 1030])
+@pytest.mark.parametrize("kind", ["plane", "digits of noise", "a grid", "two points", "all the same", "in order", "far apart", "tiny"])
+def test_a_start_changes_no_assignment(kind, n):
+    generator = seeded(n)
+    x0, x1 = torch.randn(2, n, 64 if kind == "digits of noise" else 2, dtype=torch.float64, generator=generator)
+    if kind == "a grid": x0, x1 = x0.round(), x1.round()        # many are as good as each other
+    if kind == "two points": x1 = x1.sign()[:, :1] * torch.ones(2)
+    if kind == "all the same": x0, x1 = x0 * 0, x1 * 0 + 1
+    if kind == "in order": x0, x1 = x0.sort(0).values, x1.sort(0).values
+    if kind == "far apart": x1 = x1 * 10.0**torch.randint(9, (n, 1), generator=generator)
+    if kind == "tiny": x0, x1 = x0 * 1e-150, x1 * 1e-150
+    products = alignment(x0, x1).numpy()
+    expected, found = linear_sum_assignment(products, maximize=True)[1], assignment(products)
+    assert is_permutation(torch.from_numpy(found))
+    rows = np.arange(n)
+    assert products[rows, found].sum() == pytest.approx(products[rows, expected].sum(), rel=1e-12, abs=0), f"{kind}, {n}"
+    if kind in ("plane", "digits of noise"): assert (found == expected).all()       # No two pairings are as good
 
 
 coordinate = st.integers(-20, 20).map(lambda k: k / 4) | st.floats(-5, 5, width=32)      # the first kind makes ties and duplicates
