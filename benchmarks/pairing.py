@@ -27,7 +27,7 @@ from flowbook.sources import eight_gaussians, moons
 
 RESULTS = Path(__file__).with_name("results") / "pairing.json"
 WORKLOADS = {"digits": ("digits", "1k", None), "moons": ("moons", "all", 14_286)}   # 1,000 of 64 numbers; 10,001 of 2
-SOLVED = {"8gaussians to moons": (256, 1024, 2048), "64": (128, 256, 1024), "384": (256, 1024)}     # A number: of dimensions, noise to noise
+SOLVED = {"8gaussians to moons": (256, 1024, 2048), "64": (128, 256, 1024), "384": (256, 1024)}    # A number: dimensions, noise to noise
 
 
 def couplings(dataset):
