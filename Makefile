@@ -39,7 +39,8 @@ book: .venv/book ## make an HTML book of the notebooks as they are stored: book/
 torture: .venv/dev ## kill a run a hundred times at random moments; it must end as if nothing had been
 	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
 
-bench: .venv/dev ## measure what saving and pairing cost (benchmarks/results/)
+bench: .venv/peers ## measure what a step costs beside other trainers, and saving and pairing (benchmarks/results/)
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/pairing.py
 
@@ -51,7 +52,7 @@ clean: ## remove caches and the book (never environments, data or runs)
 	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
 	rm -rf .pytest_cache .ruff_cache .hypothesis book
 
-# The environment. `package`, `dev` and `book` are empty files that say what is installed.
+# The environment. `package`, `dev`, `peers` and `book` are empty files that say what is installed.
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -67,6 +68,13 @@ clean: ## remove caches and the book (never environments, data or runs)
 .venv/dev: .venv/package
 	@echo "Installing the development tools into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# torchcfm's couplings and flows need none of what it asks for, and its torchvision may not fit the torch that is there.
+.venv/peers: .venv/dev
+	@echo "Installing the other libraries that tests and benchmarks compare with into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torchcfm
 	@touch $@
 
 .venv/book: .venv/dev

@@ -34,13 +34,12 @@ def alignment(
 
 # %% ../nbs/16_couplings.ipynb #6d7b9d3c
 def _prices(
-    worth: np.ndarray,      # Of each column to each row, shape (n, n)
-    partners: np.ndarray,   # The best columns for the rows, taken together, shape (n,)
-) -> np.ndarray:            # Shape (n,)
-    "What the columns must cost, or nearly, so that no row would rather have another's: chains of at most 20 are followed"
-    envy = worth - worth[np.arange(len(worth)), partners][:, None]
-    prices = np.zeros(len(worth))
-    for _ in range(20): prices = np.maximum(prices, (envy + prices[partners][:, None]).max(0))
+    worth: np.ndarray,      # Of each column to each row, in several tables, shape (tables, n, n)
+    partners: np.ndarray,   # The best columns for the rows, taken together, shape (tables, n)
+) -> np.ndarray:            # Shape (tables, n)
+    "What the columns must cost, or nearly, so that no row would rather have another's: chains of at most 12 are followed"
+    envy, prices = worth - np.take_along_axis(worth, partners[..., None], 2), np.zeros(partners.shape)
+    for _ in range(12): prices = np.maximum(prices, (envy + np.take_along_axis(prices, partners, 1)[..., None]).max(1))
     return prices
 
 def assignment(
@@ -48,15 +47,13 @@ def assignment(
 ) -> np.ndarray:            # A permutation, shape (n,)
     "Which column each row gets so that the sum is as large as it can be: scipy's `linear_sum_assignment`, given a good start"
     from scipy.optimize import linear_sum_assignment
-    if len(products) >= 256:
-        gain = np.zeros(len(products))
-        for first in range(4):
-            part = slice(first, None, 4)
-            quarter = np.ascontiguousarray(products[part, part])
-            gain += (products[:, part] - _prices(quarter, assignment(quarter))).max(1) / 4
-        products = products - gain[:, None]
-        products -= products.max(0)
-    return linear_sum_assignment(products, maximize=True)[1]
+    if len(products) < 256: return linear_sum_assignment(-products)[1]
+    parts = [slice(first, len(products) // 4 * 4, 4) for first in range(4)]
+    quarters = np.stack([products[part, part] for part in parts])
+    prices = _prices(quarters, np.stack([assignment(quarter) for quarter in quarters]))
+    gain = sum((products[:, part] - its).max(1) for part, its in zip(parts, prices)) / 4
+    costs = gain[:, None] - products
+    return linear_sum_assignment(costs - costs.min(0))[1]
 
 # %% ../nbs/16_couplings.ipynb #02d6bcc4
 def _check_count(name: str, value: int, least: str) -> None:
@@ -66,6 +63,8 @@ def _check_count(name: str, value: int, least: str) -> None:
 
 class OptimalTransportCoupling:
     "The pairs of a batch with the smallest sum of ‖x0 - x1‖²: a permutation (Pooladian et al., 2023; Tong et al., 2024, arXiv 2302.00482)"
+    pair_ahead = True       # It takes long: a trainer does well to ask for the next pairs while it trains on these
+
     def __init__(self,
         ot_batch_size: int = 0,     # How many points a trainer shall pair together, then cut into batches; 0: one batch
     ):
@@ -106,6 +105,8 @@ def entropic_plan(
 # %% ../nbs/16_couplings.ipynb #3eecc548
 class EntropicCoupling:
     "Partners from the entropic optimal transport plan of the batch: a Schrödinger bridge (Tong et al., 2024, arXiv 2307.03672)"
+    pair_ahead = True       # As above
+
     def __init__(self,
         sigma: float = 1.0,     # Deviation of the Brownian motion, greater than 0; small: the shortest ways, large: chance
     ):

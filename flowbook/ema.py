@@ -31,17 +31,24 @@ class EMAModel:
         if not 0 <= decay < 1: raise ValueError(f"decay={decay!r} is not allowed: it must be at least 0 and below 1")
         self.module = copy.deepcopy(uncompiled(model)).requires_grad_(False).eval()     # For validation and sampling
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
         self._followed = None
+
+    def follow(self,
+        model: nn.Module,               # Whose weights `update` shall average, from now on
+        mine: list[Tensor] | None = None,   # The averaged weights; None: the module's parameters
+        its: list[Tensor] | None = None,    # The model's, in the same order; None: its parameters
+    ) -> None:
+        "List once what every update needs"
+        self._followed = (model, mine or list(self.module.parameters()), its or list(model.parameters()),
+                          list(self.module.buffers()), list(model.buffers()))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         "Move the average towards the model's parameters, and copy its buffers"
-        if self._followed is None or self._followed[0] is not model:        # List them once, not at every update
-            self._followed = model, list(model.parameters()), list(model.buffers())
-        _, parameters, buffers = self._followed
-        torch._foreach_lerp_(self._parameters, parameters, 1 - ema_decay_at(self.updates, self.decay, self.warmup))
-        if buffers: torch._foreach_copy_(self._buffers, buffers)
+        if self._followed is None or self._followed[0] is not model: self.follow(model)
+        _, mine, its, buffers, its_buffers = self._followed
+        torch._foreach_lerp_(mine, its, 1 - ema_decay_at(self.updates, self.decay, self.warmup))
+        if buffers: torch._foreach_copy_(buffers, its_buffers)
         self.updates += 1
 
     def state_dict(self) -> dict:

@@ -7,7 +7,7 @@ __all__ = ['CONFIG_FILE', 'WANDB_SETTINGS', 'read_metrics', 'rewind_metrics', 'N
            'WandbTracker', 'open_record']
 
 # %% ../nbs/19_tracking.ipynb #410294a8
-import contextlib, io, itertools, json, math, os, re, secrets, sys, threading, warnings
+import contextlib, io, itertools, json, math, os, re, secrets, sys, threading, time, warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,13 +227,20 @@ class WandbTracker(NoTracker):
         self.run_id = self.run.id
         self.place = self.run.url if mode == "online" else os.path.dirname(self.run.dir)
         self.artifact_name = re.sub(r"[^A-Za-z0-9._-]", "-", config.run_name)
+        self._waiting, self._due = [], 0.0
 
     def log(self, row: dict[str, Any]) -> None:
-        "Send a row; its `step` is a value like any other"
-        self.run.log(row)
+        "Send a row, or keep it until a second has passed since others were sent; its `step` is a value like any other"
+        self._waiting.append(row | {"_timestamp": time.time()})
+        if time.monotonic() >= self._due: self._send()
+
+    def _send(self) -> None:
+        for row in self._waiting: self.run.log(row)
+        self._waiting, self._due = [], time.monotonic() + 1
 
     def close(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
-        "Send summary, tags and checkpoint, and end the run: with exit code 1 when its status is `failed`"
+        "Send the last rows, summary, tags and checkpoint, and end the run: with exit code 1 when its status is `failed`"
+        self._send()
         failed = summary["status"] == "failed"
         others = [tag for tag in self.run.tags if tag not in ("failed", "flowbook")]
         self.run.tags = (*others, "flowbook", *(["failed"] if failed else []))

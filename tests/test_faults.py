@@ -33,6 +33,7 @@ from flowbook.ema import EMAModel
 from flowbook.flow_matching import LinearPath
 from flowbook.flows import FLOWS, FlowRow
 from flowbook.nets import ARCHITECTURES, MLP, create_model
+from flowbook.optimizer import FlatAdamW
 from flowbook.runs import Saver, read_summary, sole_use
 from flowbook.sampling import load_flow
 from flowbook.scheduler import create_scheduler
@@ -729,8 +730,8 @@ def in_the_data(patch, mistake, train_dataset, val_dataset):
 
 
 def after_the_optimizer(patch, mistake, **data):
-    step = torch.optim.AdamW.step
-    patch.setattr(torch.optim.AdamW, "step", lambda self, *arguments: mistake(step(self, *arguments)))
+    step = FlatAdamW.step
+    patch.setattr(FlatAdamW, "step", lambda self, *arguments: mistake(step(self, *arguments)))
 
 
 @pytest.mark.parametrize("call", [3, 12])

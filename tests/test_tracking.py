@@ -3,6 +3,7 @@
 The offline record is read back from its `.wandb` file; the online one is what a small server on loopback was sent."""
 import errno, http.server, json, os, platform, random, signal, socket, subprocess, sys, textwrap, threading, time, warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -210,6 +211,25 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path, config):
 
 
 # ---- W&B, offline
+
+def test_rows_of_one_second_are_sent_together_and_none_is_lost(tmp_path, config, offline):
+    record = open_record(tmp_path/"run", config, project="flowbook")
+    log, sent = record.tracker.run.log, []
+    def counted(row):
+        sent.append(row)
+        log(row)
+    with patch.object(record.tracker.run, "log", counted):
+        log_steps(record, range(1, 51))
+        at_once = len(sent)
+        time.sleep(1.1)
+        log_steps(record, [51])
+        assert at_once < 50 and len(sent) == 51
+        log_steps(record, [52, 53])
+        record.finish({})
+    assert [row["step"] for row in sent] == list(range(1, 54))
+    times = [row["_timestamp"] for row in sent]
+    assert times == sorted(times) and times[50] - times[49] > 1
+    assert [row["step"] for row in read_back(record.tracked_at)["history"]] == list(range(1, 54))
 
 def test_what_is_in_the_offline_record(tmp_path, config, offline, capfd):
     checkpoint = tmp_path/"run"/"best.pt"

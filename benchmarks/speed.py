@@ -1,0 +1,326 @@
+"""What a step of training costs, beside other trainers: `python benchmarks/speed.py [2d digits embeddings] [--rounds 12]`.
+
+Every contender trains the same network with AdamW on the same points, in one process, on one PyTorch thread. They take turns of
+thirty steps, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first ten steps of
+a turn, in which the caches still hold the others' numbers, are not counted. A round is a number of turns. A ratio compares two contenders
+in the same round; printed are medians over the rounds, and between which numbers the middle half of them lies.
+
+The *floor* is what no trainer can leave out: noise, a forward and a backward pass and a fused AdamW, on one batch that stays where it is.
+flowbook is `FlowTrainer.train()` as a user gets it: averaged weights, clipping, a schedule, a check of every step, and every ten steps a
+row to metrics.jsonl and to Weights & Biases (offline). Left out is what it does between two epochs, validating and saving, which the
+others don't do (`saving.py` measures it). The others average, clip, follow a schedule or write rows where it says so.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import random
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from saving import machine
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from flowbook.config import TrainingConfig
+from flowbook.data import FlowDataset
+from flowbook.trainer import FlowTrainer
+
+RESULTS = Path(__file__).with_name("results") / "speed.json"
+WORKLOADS = {"2d": (2, 64, 256), "digits": (64, 256, 128), "embeddings": (384, 1024, 256)}      # Numbers of a point, width, batch
+TURNS = {"2d": 12, "digits": 6, "embeddings": 2}        # In a round
+STEPS, UNCOUNTED = 30, 10       # In a turn
+
+
+class Network(nn.Module):
+    """The usual small network of the field: four linear layers and SELU between them, as in TorchCFM's tutorials."""
+    def __init__(self, features, width):
+        super().__init__()
+        sizes = [features + 1, width, width, width, features]
+        layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.SELU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, x, t, cond=None): return self.layers(torch.cat([x, t[:, None]], 1))
+
+
+class Contender(threading.Thread):
+    """A training loop in a thread that runs only in its turns, and tells of the end of every step."""
+    def __init__(self, train, work, turns):
+        super().__init__(daemon=True)
+        self.train, self.work, self.steps, self.step = train, work, turns * STEPS, 0
+        self.may_go, self.has_stopped, self.error = threading.Semaphore(0), threading.Semaphore(0), None
+
+    def turn(self):
+        """Have it make so many steps; returns the microseconds of one."""
+        self.seconds, self.counted, self.last = 0.0, 0, None
+        self.may_go.release()
+        self.has_stopped.acquire()
+        if self.error: raise self.error
+        return 1e6 * self.seconds / self.counted
+
+    def run(self):
+        self.may_go.acquire()
+        try:
+            with tempfile.TemporaryDirectory() as folder: self.train(self.work, self, folder)
+        except BaseException as error: self.error = error
+        finally: self.has_stopped.release()
+
+    def tick(self):
+        """A step is done."""
+        now = time.perf_counter()
+        self.step += 1
+        place = self.step % STEPS or STEPS
+        if place > UNCOUNTED and self.last is not None: self.seconds, self.counted = self.seconds + now - self.last, self.counted + 1
+        if place == STEPS and self.step < self.steps:
+            self.has_stopped.release()
+            self.may_go.acquire()
+        self.last = time.perf_counter()
+
+    def leave_out(self):
+        """What comes between the last step and the next is no part of either."""
+        self.last = None
+
+
+def loss_of(model, x1):
+    """Flow matching as it is usually written."""
+    x0, t = torch.randn_like(x1), torch.rand(len(x1))
+    x_t = x0 + t[:, None] * (x1 - x0)
+    return mse_loss(model(x_t, t), x1 - x0)
+
+
+class Workload:
+    """The network, the points and the batch of one size."""
+    def __init__(self, name, points=10_000):
+        self.features, self.width, self.batch = WORKLOADS[name]
+        points = torch.randn(points, self.features, generator=torch.Generator().manual_seed(0)) * 2 + 1
+        self.data = FlowDataset.from_tensor(points)
+        self.x1, self.val = self.data.tensor, FlowDataset.from_tensor(points[:256], self.data.stats)
+
+    def model(self):
+        torch.manual_seed(0)
+        return Network(self.features, self.width)
+
+    def loader(self): return DataLoader(TensorDataset(self.x1), batch_size=self.batch, shuffle=True, drop_last=True)
+
+
+def batches(loader):
+    """Epoch after epoch."""
+    while True: yield from loader
+
+
+def floor(work, clock, folder):
+    """Forward, backward and fused AdamW on one batch."""
+    model, x1 = work.model(), work.x1[:work.batch]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(clock.steps):
+        loss = loss_of(model, x1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        clock.tick()
+
+
+class Ticks:
+    """A callback of `FlowTrainer`."""
+    def __init__(self, clock): self.clock = clock
+
+    def on_step(self, trainer):
+        self.clock.tick()
+        if self.clock.step == self.clock.steps: trainer.stop_request.request()
+
+    def on_epoch(self, trainer, metrics): self.clock.leave_out()        # Validation and saving
+
+
+def flowbook(work, clock, folder, flow="icfm", **options):
+    """`FlowTrainer.train()`, with W&B offline."""
+    steps = len(work.x1) // work.batch
+    config = TrainingConfig(flow=flow, dataset="points", batch_size=work.batch, epochs=-(-clock.steps // steps), warmup_steps=10,
+                            patience=0, checkpoint_dir=str(folder), device="cpu", flow_options=options)
+    trainer = FlowTrainer(work.model(), config, work.data, work.val, callbacks=[Ticks(clock)])
+    with contextlib.suppress(KeyboardInterrupt): trainer.train()
+
+
+def usual(work, clock, folder):
+    """The loop that most repositories have: DataLoader, clipping, cosine, an average weight by weight, each loss as a number."""
+    model = work.model()
+    average, total = deepcopy(model), 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, clock.steps)
+    for _, (x1,) in zip(range(clock.steps), batches(work.loader())):
+        loss = loss_of(model, x1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            for mine, its in zip(average.parameters(), model.parameters()): mine.mul_(0.999).add_(its, alpha=0.001)
+        total += loss.item()
+        clock.tick()
+
+
+def torchcfm(work, clock, folder, matcher="ConditionalFlowMatcher"):
+    """The loop of TorchCFM's tutorials: Adam, no average, no clipping, no schedule."""
+    from torchcfm import conditional_flow_matching
+    model, matcher = work.model(), getattr(conditional_flow_matching, matcher)(sigma=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(clock.steps):
+        optimizer.zero_grad()
+        x1 = work.x1[torch.randint(len(work.x1), (work.batch,))]
+        t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        loss = torch.mean((model(x_t, t) - u_t)**2)
+        loss.backward()
+        optimizer.step()
+        clock.tick()
+
+
+def torchcfm_ot(work, clock, folder): torchcfm(work, clock, folder, "ExactOptimalTransportConditionalFlowMatcher")
+
+
+def lightning(work, clock, folder, shown=False):
+    """Lightning with its EMA callback and clipping; no checkpoints. `shown`: with its bar, and a row to a CSV file every ten steps."""
+    import lightning
+    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = work.model()
+
+        def training_step(self, batch):
+            loss = loss_of(self.model, batch[0])
+            if shown: self.log("train/loss", loss)
+            return loss
+
+        def configure_optimizers(self): return torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+
+    class LightningTicks(Callback):
+        def on_train_batch_end(self, *arguments): clock.tick()
+
+    trainer = lightning.Trainer(max_steps=clock.steps, accelerator="cpu", logger=shown and CSVLogger(folder), log_every_n_steps=10,
+                                enable_progress_bar=shown, enable_checkpointing=False, enable_model_summary=False, gradient_clip_val=1.0,
+                                default_root_dir=folder, callbacks=[EMAWeightAveraging(decay=0.999), LightningTicks()])
+    trainer.fit(Module(), work.loader())
+
+
+def lightning_shown(work, clock, folder): lightning(work, clock, folder, shown=True)
+
+
+def accelerate(work, clock, folder):
+    """accelerate with ema-pytorch and clipping."""
+    from accelerate import Accelerator
+    from ema_pytorch import EMA
+    accelerator, model = Accelerator(cpu=True), work.model()
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), work.loader())
+    average = EMA(accelerator.unwrap_model(model), beta=0.999, update_every=1)
+    for _, (x1,) in zip(range(clock.steps), batches(loader)):
+        loss = loss_of(model, x1)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        clock.tick()
+
+
+def hugging_face(work, clock, folder):
+    """transformers' Trainer with clipping and a cosine; no average, no rows."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = work.model()
+
+        def forward(self, x1): return {"loss": loss_of(self.model, x1)}
+
+    class TrainerTicks(TrainerCallback):
+        def on_step_end(self, *arguments, **options): clock.tick()
+
+    class Points(torch.utils.data.Dataset):
+        def __len__(self): return len(work.x1)
+        def __getitem__(self, index): return {"x1": work.x1[index]}
+
+    arguments = TrainingArguments(folder, max_steps=clock.steps, per_device_train_batch_size=work.batch, learning_rate=1e-3, use_cpu=True,
+                                  lr_scheduler_type="cosine", report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+                                  dataloader_drop_last=True, optim="adamw_torch_fused")
+    Trainer(Module(), arguments, train_dataset=Points(), callbacks=[TrainerTicks()]).train()
+
+
+def flowbook_ot(work, clock, folder): flowbook(work, clock, folder, "otcfm")
+def flowbook_semidiscrete(work, clock, folder): flowbook(work, clock, folder, "semidiscrete")
+
+
+MANY = {"floor": floor, "flowbook": flowbook, "usual loop": usual, "torchcfm": torchcfm, "Lightning": lightning,
+        "Lightning, bar and rows": lightning_shown, "accelerate": accelerate, "Hugging Face": hugging_face, "flowbook, otcfm": flowbook_ot,
+        "torchcfm, OT": torchcfm_ot}
+FIRST_OF_FEW = "flowbook, 1,000 points"
+FEW = {FIRST_OF_FEW: flowbook, "semidiscrete, 1,000 points": flowbook_semidiscrete}
+
+
+def measure(name, rounds):
+    """Microseconds of a step of every contender, round by round."""
+    many, few, turns = Workload(name), Workload(name, 1_112), TURNS[name] * rounds + 1
+    contenders = {contender: Contender(train, many, turns) for contender, train in MANY.items()}
+    contenders |= {contender: Contender(train, few, turns) for contender, train in FEW.items()}
+    for contender in contenders.values(): contender.start()
+    times, screen = {contender: [] for contender in contenders}, sys.stdout
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for turn in range(turns):
+            for contender in random.sample(list(contenders), len(contenders)): times[contender].append(contenders[contender].turn())
+            print(f"\r{name}: turn {turn} of {turns - 1}", end="", file=screen, flush=True)
+    print()
+    size = TURNS[name]      # The first turn was for getting ready
+    return {contender: [round(sum(values[k:k + size]) / size, 1) for k in range(1, turns, size)] for contender, values in times.items()}
+
+
+def ratio(times, one, other):
+    """Median over the rounds of the ratio of two contenders, and the quartiles."""
+    ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return median(ratios), low, high
+
+
+def show(times):
+    """Print a workload's table."""
+    print(f"{'':28}{'µs a step':>10}{'/ floor':>9}{'':16}{'/ flowbook':>10}")
+    for contender, values in times.items():
+        cells = [f"{middle:{width}.2f} ({low:.2f} to {high:.2f})" for width, (middle, low, high) in
+                 ((8, ratio(times, contender, "floor")), (9, ratio(times, contender, "flowbook" if contender in MANY else FIRST_OF_FEW)))]
+        print(f"{contender:28}{median(values):10.0f}{''.join(cells)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"some of {', '.join(WORKLOADS)}; all when none is given")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    for name in options.workloads:
+        if name not in WORKLOADS: parser.error(f"workload {name!r} is unknown: it must be one of {', '.join(WORKLOADS)}")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "transformers"): logging.getLogger(name).setLevel(logging.ERROR)
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for name in options.workloads:
+        times = measure(name, options.rounds)
+        show(times)
+        peers = {peer: version(peer) for peer in ("torchcfm", "lightning", "accelerate", "ema-pytorch", "transformers", "wandb")}
+        results[name] = {"machine": machine() | peers, "steps": TURNS[name] * (STEPS - UNCOUNTED), "microseconds": times}
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What makes a step fast changes nothing that is trained."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import LambdaLR
+
+from conftest import assert_same
+from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling
+from flowbook.data import FlowDataset
+from flowbook.ema import EMAModel
+from flowbook.learner import Learner
+from flowbook.nets import create_model
+from flowbook.randomness import set_seed
+from flowbook.scheduler import cosine_with_warmup
+
+
+def new_learner(config, **options):
+    set_seed(config.seed)
+    return Learner(create_model(config.arch, (2,), **config.arch_options), config, **options)
+
+
+def apart(model, other):
+    return max((a - b).abs().max().item() for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_learner_trains_as_the_usual_loop_does(configured):
+    config = configured(grad_clip=0.5, ema_decay=0.99)
+    learner, usual = new_learner(config), new_learner(config)       # Of the second, only the draws are used
+    first, model = copy.deepcopy(usual.model), usual.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    scheduler = LambdaLR(optimizer, lambda step: cosine_with_warmup(step, config.warmup_steps, config.epochs * usual.steps_per_epoch))
+    average, clipped = EMAModel(model, config.ema_decay), 0
+    for step in range(28):
+        learner.update()
+        usual.step = step
+        sample, velocity = usual.forward()
+        model.zero_grad()
+        mse_loss(velocity, sample.u_t).backward()
+        clipped += nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item() > config.grad_clip
+        optimizer.step()
+        scheduler.step()
+        average.update(model)
+    assert 0 < clipped < 28 and apart(first, model) > 0.02
+    assert apart(learner.model, model) < 1e-5 and apart(learner.ema.module, average.module) < 1e-5
+    assert learner.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert learner.scheduler.get_last_lr() == scheduler.get_last_lr()
+
+
+def test_an_average_of_one_vector_is_that_of_each_weight(configured):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.last.bias.requires_grad_(False)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x, t, cond=None): return self.last(self.norm(self.first(torch.cat([x, t[:, None]], 1)).relu()))
+
+    set_seed(0)
+    learner = Learner(Frozen(), configured())
+    usual = EMAModel(learner.model, learner.ema.decay)
+    for _ in range(20):
+        learner.update()
+        usual.update(learner.model)
+    assert_same(learner.ema.state_dict(), usual.state_dict())
+    learner.ema.update(other := Frozen())       # Somebody else's weights, which lie in no vector
+    usual.update(other)
+    assert_same(learner.ema.state_dict(), usual.state_dict())
+
+
+def test_a_network_in_one_vector_is_a_network_like_any_other(configured, tmp_path):
+    learner = new_learner(configured())
+    learner.update()
+    plain = create_model("mlp", (2,), **learner.config.arch_options)
+    plain.load_state_dict(learner.model.state_dict())
+    save_file(learner.model.state_dict(), tmp_path / "ours")
+    save_file(plain.state_dict(), tmp_path / "plain")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "plain").read_bytes()
+    for model, name in ((learner.model, "ours.pt"), (plain, "plain.pt")): torch.save(model.state_dict(), tmp_path / name)
+    assert (tmp_path / "ours.pt").stat().st_size < 1.2 * (tmp_path / "plain.pt").stat().st_size
+    copied = copy.deepcopy(learner.model)
+    learner.update()
+    assert_same(copied.state_dict(), plain.state_dict())
+
+
+COUPLINGS = {"otcfm": {}, "otcfm of two steps": {"ot_batch_size": 200}, "sbcfm": {}}
+
+
+@pytest.mark.parametrize("aug", ["none", "mixup+noise"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_pairs_that_are_looked_for_ahead_are_the_same_pairs(configured, monkeypatch, name, aug):
+    config = configured(flow=name.split()[0], flow_options=COUPLINGS[name], aug=aug)
+    ahead = new_learner(config).pairs
+    found = {step: ahead.at(step) for step in range(20)}
+    for coupling in (OptimalTransportCoupling, EntropicCoupling): monkeypatch.setattr(coupling, "pair_ahead", False)
+    one_by_one = new_learner(config).pairs
+    for step in [*range(20), 3, 2, 19, 4]:
+        assert_same(list(one_by_one.at(step)), list(found[step]), f"step {step}")
+        assert_same(list(ahead.at(step)), list(found[step]), f"step {step}, again")
+    assert ahead._threads is not None and one_by_one._threads is None
+
+
+def test_pairs_are_looked_for_while_a_step_is_trained_on(configured, monkeypatch):
+    pair, looked_for_by = OptimalTransportCoupling.pair, []
+
+    def slow(self, x0, x1, generator=None):
+        looked_for_by.append(threading.current_thread())
+        return pair(self, x0, x1, generator)
+
+    learner = new_learner(configured(flow="otcfm"))
+    monkeypatch.setattr(OptimalTransportCoupling, "pair", slow)
+    learner.pairs.at(0)
+    until = time.monotonic() + 60
+    while len(looked_for_by) < 2 and time.monotonic() < until: time.sleep(0.01)
+    assert len(looked_for_by) >= 2 and threading.main_thread() not in looked_for_by
+
+
+def test_an_error_in_a_search_is_raised_in_its_own_step(configured, monkeypatch, data_dir):
+    train, val = (FlowDataset(data_dir, "moons", "all", split) for split in ("train", "validation"))
+    learner = new_learner(configured(flow="otcfm"), train_dataset=train, val_dataset=val)
+    pair, calls = OptimalTransportCoupling.pair, []
+
+    def once_wrong(self, x0, x1, generator=None):
+        calls.append(torch.equal(x1, wrong))
+        if calls[-1]: raise KeyError("my own mistake")
+        return pair(self, x0, x1, generator)
+
+    monkeypatch.setattr(OptimalTransportCoupling, "pair", once_wrong)
+    wrong = learner.loader.batch(3)
+    for step in range(3): learner.pairs.at(step)
+    with pytest.raises(KeyError, match="my own mistake"): learner.pairs.at(3)
+    learner.pairs.at(4)
+    assert sum(calls) == 1
