@@ -39,7 +39,7 @@ from flowbook.trainer import FlowTrainer
 
 RESULTS = Path(__file__).with_name("results") / "speed.json"
 WORKLOADS = {"2d": (2, 64, 256), "digits": (64, 256, 128), "embeddings": (384, 1024, 256)}      # Numbers of a point, width, batch
-TURNS = {"2d": 12, "digits": 6, "embeddings": 2}        # In a round
+TURNS = {"2d": 12, "digits": 6, "embeddings": 1}        # In a round
 STEPS, UNCOUNTED = 30, 10       # In a turn
 
 

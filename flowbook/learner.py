@@ -20,7 +20,7 @@ from .ema import EMAModel
 from .flow_matching import Flow, FlowSample, create_source
 from .flows import create_flow
 from .nets import check_velocity, trainable_parameters, uncompiled
-from .optimizer import FlatAdamW, flatten
+from .optimizer import FlatAdamW, gather
 from .randomness import Randomness, preserved_random_state
 from .runs import StopRequest
 from .scheduler import create_scheduler
@@ -197,7 +197,7 @@ class Learner:
         self.ema = EMAModel(self.model, config.ema_decay, config.ema_warmup)
         self.optimizer = FlatAdamW(trainable_parameters(self.model), config.lr, config.weight_decay)
         averages = [mine for mine, its in zip(self.ema.module.parameters(), self.model.parameters()) if its.requires_grad]
-        self.ema.follow(self.model, [flatten(averages)], [self.optimizer.weights])
+        self.ema.follow(self.model, gather(averages), self.optimizer.weights)
         self.scheduler = create_scheduler(config.schedule, self.optimizer, config.warmup_steps,
                                           config.epochs * self.steps_per_epoch)
         self.early_stopping = EarlyStopping(config.patience, config.min_delta)
