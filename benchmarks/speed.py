@@ -1,8 +1,8 @@
 """What a step of training costs, beside other trainers: `python benchmarks/speed.py [2d digits embeddings] [--rounds 12]`.
 
-Every contender trains the same network with AdamW on the same points, in one process, on one PyTorch thread. They take turns of
-thirty steps, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first ten steps of
-a turn, in which the caches still hold the others' numbers, are not counted. A round is a number of turns. A ratio compares two contenders
+Every contender trains the same network with AdamW on the same points, in one process, on one PyTorch thread. They take turns of ten
+or thirty steps, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first steps of a
+turn, in which the caches still hold the others' numbers, are not counted. A round is a number of turns. A ratio compares two contenders
 in the same round; printed are medians over the rounds, and between which numbers the middle half of them lies.
 
 The *floor* is what no trainer can leave out: noise, a forward and a backward pass and a fused AdamW, on one batch that stays where it is.
@@ -39,8 +39,7 @@ from flowbook.trainer import FlowTrainer
 
 RESULTS = Path(__file__).with_name("results") / "speed.json"
 WORKLOADS = {"2d": (2, 64, 256), "digits": (64, 256, 128), "embeddings": (384, 1024, 256)}      # Numbers of a point, width, batch
-TURNS = {"2d": 12, "digits": 6, "embeddings": 1}        # In a round
-STEPS, UNCOUNTED = 30, 10       # In a turn
+TURNS = {"2d": (12, 30, 10), "digits": (6, 30, 10), "embeddings": (3, 10, 2)}      # In a round; steps of each; how many of them don't count
 
 
 class Network(nn.Module):
@@ -58,7 +57,7 @@ class Contender(threading.Thread):
     """A training loop in a thread that runs only in its turns, and tells of the end of every step."""
     def __init__(self, train, work, turns):
         super().__init__(daemon=True)
-        self.train, self.work, self.steps, self.step = train, work, turns * STEPS, 0
+        self.train, self.work, self.steps, self.step = train, work, turns * work.steps, 0
         self.may_go, self.has_stopped, self.error = threading.Semaphore(0), threading.Semaphore(0), None
 
     def turn(self):
@@ -80,9 +79,11 @@ class Contender(threading.Thread):
         """A step is done."""
         now = time.perf_counter()
         self.step += 1
-        place = self.step % STEPS or STEPS
-        if place > UNCOUNTED and self.last is not None: self.seconds, self.counted = self.seconds + now - self.last, self.counted + 1
-        if place == STEPS and self.step < self.steps:
+        place = self.step % self.work.steps or self.work.steps
+        if place > self.work.uncounted and self.last is not None:
+            self.seconds += now - self.last
+            self.counted += 1
+        if place == self.work.steps and self.step < self.steps:
             self.has_stopped.release()
             self.may_go.acquire()
         self.last = time.perf_counter()
@@ -102,7 +103,7 @@ def loss_of(model, x1):
 class Workload:
     """The network, the points and the batch of one size."""
     def __init__(self, name, points=10_000):
-        self.features, self.width, self.batch = WORKLOADS[name]
+        (self.features, self.width, self.batch), (_, self.steps, self.uncounted) = WORKLOADS[name], TURNS[name]
         points = torch.randn(points, self.features, generator=torch.Generator().manual_seed(0)) * 2 + 1
         self.data = FlowDataset.from_tensor(points)
         self.x1, self.val = self.data.tensor, FlowDataset.from_tensor(points[:256], self.data.stats)
@@ -272,7 +273,8 @@ FEW = {FIRST_OF_FEW: flowbook, "semidiscrete, 1,000 points": flowbook_semidiscre
 
 def measure(name, rounds):
     """Microseconds of a step of every contender, round by round."""
-    many, few, turns = Workload(name), Workload(name, 1_112), TURNS[name] * rounds + 1
+    many, few, size = Workload(name), Workload(name, 1_112), TURNS[name][0]
+    turns = size * rounds + 1       # The first is for getting ready
     contenders = {contender: Contender(train, many, turns) for contender, train in MANY.items()}
     contenders |= {contender: Contender(train, few, turns) for contender, train in FEW.items()}
     for contender in contenders.values(): contender.start()
@@ -282,7 +284,6 @@ def measure(name, rounds):
             for contender in random.sample(list(contenders), len(contenders)): times[contender].append(contenders[contender].turn())
             print(f"\r{name}: turn {turn} of {turns - 1}", end="", file=screen, flush=True)
     print()
-    size = TURNS[name]      # The first turn was for getting ready
     return {contender: [round(sum(values[k:k + size]) / size, 1) for k in range(1, turns, size)] for contender, values in times.items()}
 
 
@@ -318,7 +319,7 @@ def main():
         times = measure(name, options.rounds)
         show(times)
         peers = {peer: version(peer) for peer in ("torchcfm", "lightning", "accelerate", "ema-pytorch", "transformers", "wandb")}
-        results[name] = {"machine": machine() | peers, "steps": TURNS[name] * (STEPS - UNCOUNTED), "microseconds": times}
+        results[name] = {"machine": machine() | peers, "microseconds": times}
         options.results.write_text(json.dumps(results, indent=1) + "\n")
 
 

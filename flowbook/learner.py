@@ -9,12 +9,13 @@ __all__ = ['PAIRING_THREADS', 'NotFinite', 'LossMeter', 'TrainingPairs', 'buffer
 import math, os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from .config import TrainingConfig
 from .data import AUGMENTATIONS, BatchLoader, EndlessDataset, FlowDataset, create_augmentation, create_dataloader, data_sets
-from .device import select_device
+from .device import matmul_precision, select_device
 from .early_stopping import EarlyStopping, validation_exam
 from .ema import EMAModel
 from .flow_matching import Flow, FlowSample, create_source
@@ -203,6 +204,7 @@ class Learner:
         self.early_stopping = EarlyStopping(config.patience, config.min_delta)
         self.meter, self.stop_request = LossMeter(config.max_skipped_steps, self.device), StopRequest()
         self._buffers = buffer_pairs(uncompiled(self.model), self.ema.module)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
         self.step, self.epoch, self.loss_by_time = 0, 1, {}     # Steps made; the epoch that is running; of the last validation
         few = 3 if self.train_dataset.data_shape[-1] == 2 else 2     # Not as many as features, or a misplaced t would fit
         x_t, t, _ = (part[:few].clone() for part in self.exam[0])
@@ -223,9 +225,9 @@ class Learner:
         "Points on the paths of this step, and the network's velocities there. All randomness in it is a function of the step."
         sample = self.flow.between(*self.pairs.at(self.step), generator=self.randomness.generator("flow", self.step))
         self.randomness.seed_global("model", self.step)
-        velocity = self.model(sample.x_t, sample.t)
+        with self._autocast: velocity = self.model(sample.x_t, sample.t)
         check_velocity(velocity, sample.x_t)    # Or the loss would be broadcast, silently
-        return sample, velocity
+        return sample, velocity.to(sample.u_t)
 
     def update(self) -> None:
         "One step; it leaves the weights as they are when its loss or gradient is NaN or infinite"
@@ -270,7 +272,7 @@ class Learner:
 
     def train_epoch(self) -> float:
         "Train to the end of the epoch that `epoch` names, and begin the next; returns the mean loss"
-        with preserved_random_state(self.device):
+        with preserved_random_state(self.device), matmul_precision(self.config.precision):
             for _ in self.steps(): self.update()
         self.read_meter()
         loss = self.meter.epoch_mean()

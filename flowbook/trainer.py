@@ -12,7 +12,7 @@ from torch import nn
 from .checkpoint import check_plain, checkpoint_state, get_checkpoint_path, restore, run_folder
 from .config import TrainingConfig, make_folder
 from .data import EndlessDataset, FlowDataset
-from .device import device_name
+from .device import device_name, matmul_precision
 from .display import ProgressLine
 from .learner import Learner, NotFinite
 from .nets import uncompiled
@@ -63,7 +63,7 @@ class FlowTrainer(Learner):
     def _run(self) -> dict[str, Any]:
         self._open()
         try:
-            with preserved_random_state(self.device), self.stop_request.listening():
+            with preserved_random_state(self.device), matmul_precision(self.config.precision), self.stop_request.listening():
                 self._call("on_train_start")
                 while not self.finished: self._train_and_judge()
                 self._saver.save()

@@ -1,8 +1,13 @@
 """What makes a step fast changes nothing that is trained."""
 
 import copy
+import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -11,11 +16,12 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 
-from conftest import assert_same
+from conftest import assert_same, training_state
+from flowbook.checkpoint import read_checkpoint
 from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling
 from flowbook.data import FlowDataset
 from flowbook.ema import EMAModel
-from flowbook.learner import Learner
+from flowbook.learner import Learner, NotFinite
 from flowbook.nets import create_model
 from flowbook.randomness import set_seed
 from flowbook.scheduler import cosine_with_warmup
@@ -138,3 +144,77 @@ def test_an_error_in_a_search_is_raised_in_its_own_step(configured, monkeypatch,
     with pytest.raises(KeyError, match="my own mistake"): learner.pairs.at(3)
     learner.pairs.at(4)
     assert sum(calls) == 1
+
+
+class Watch:
+    """Notes which kind of products a trainer uses."""
+    def __init__(self): self.seen = set()
+    def on_step(self, trainer): self.seen.add(torch.get_float32_matmul_precision())
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize("precision, inside", [("fp32", "highest"), ("tf32", "high"), ("bf16", "highest")])
+def test_a_run_uses_the_products_it_was_asked_for_and_leaves_the_process_as_it_was(configured, new_trainer, precision, inside, before):
+    try:
+        torch.set_float32_matmul_precision(before)
+        new_trainer(configured(precision=precision, epochs=1), callbacks=[watch := Watch()]).train()
+        assert watch.seen == {inside} and torch.get_float32_matmul_precision() == before
+        with pytest.raises(NotFinite): new_trainer(configured(precision=precision, seed=1, lr=1e30, grad_clip=0.0)).train()
+        assert torch.get_float32_matmul_precision() == before
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+def test_a_run_in_bf16_stays_near_the_exact_one_and_resumes_bit_for_bit(configured, new_trainer, tmp_path):
+    config = configured(precision="bf16", ema_decay=0.9)
+    rough, exact = new_trainer(config), new_trainer(config.replace(precision="fp32", checkpoint_dir=str(tmp_path / "exact")))
+    rough.train()
+    exact.train()
+    assert 0 < apart(rough.model, exact.model) < 0.02 < apart(exact.model, create_model("mlp", (2,), **config.arch_options))
+    assert abs(rough.best_val_loss - exact.best_val_loss) < 0.02
+
+    elsewhere = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
+    stopped = new_trainer(elsewhere, callbacks=[StopAt(10)])
+    with pytest.raises(KeyboardInterrupt): stopped.train()
+    resumed = new_trainer(elsewhere, resume_path="auto")
+    resumed.train()
+    assert_same(training_state(read_checkpoint(resumed.folder / "last.pt")), training_state(read_checkpoint(rough.folder / "last.pt")))
+    assert {tensor.dtype for tensor in resumed.model.state_dict().values()} == {torch.float32}
+
+
+class StopAt:
+    """A callback that asks for a stop after a step."""
+    def __init__(self, step): self.step = step
+
+    def on_step(self, trainer):
+        if trainer.step == self.step: trainer.stop_request.request()
+
+
+def test_another_precision_is_another_run(configured, new_trainer):
+    with pytest.raises(KeyboardInterrupt): new_trainer(configured(), callbacks=[StopAt(5)]).train()
+    with pytest.raises(ValueError, match="precision"): new_trainer(configured(precision="bf16"), resume_path="auto")
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
+    rows = {"**flowbook**": "flowbook", "the usual loop": "usual loop", "accelerate": "accelerate", "Lightning with": "Lightning",
+            "the same with": "Lightning, bar and rows"}
+    table = (root / "README.md").read_text().split("## What a step costs")[1].split("\n\n")[2]
+    for start, name in rows.items():
+        line, = [line for line in table.splitlines() if line.startswith(f"| {start}")]
+        for cell, workload in zip(line.split("|")[2:5], ("2d", "digits", "embeddings"), strict=True):
+            times = results[workload]["microseconds"]
+            measured = median(mine / floor for mine, floor in zip(times[name], times["floor"], strict=True))
+            assert cell.strip() == f"{measured:.2f}", f"{name}, {workload}"
+
+
+@pytest.mark.slow
+def test_the_benchmark_lets_every_trainer_take_its_turns(tmp_path):
+    root, results = Path(__file__).parents[1], tmp_path / "speed.json"
+    command = [sys.executable, root / "benchmarks" / "speed.py", "2d", "--rounds", "2", "--results", results]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    times = json.loads(results.read_text())["2d"]["microseconds"]
+    kept = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())["2d"]["microseconds"]
+    assert times.keys() == kept.keys() and all(len(rounds) == 2 and min(rounds) > 0 for rounds in times.values())
+    for name in times: assert name in done.stdout
