@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'flowbook.learner.TrainingPairs._paired': ('learner.html#trainingpairs._paired', 'flowbook/learner.py'),
                                   'flowbook.learner.TrainingPairs._steps': ('learner.html#trainingpairs._steps', 'flowbook/learner.py'),
                                   'flowbook.learner.TrainingPairs.at': ('learner.html#trainingpairs.at', 'flowbook/learner.py'),
+                                  'flowbook.learner.TrainingPairs.forget': ('learner.html#trainingpairs.forget', 'flowbook/learner.py'),
                                   'flowbook.learner.buffer_pairs': ('learner.html#buffer_pairs', 'flowbook/learner.py')},
             'flowbook.metrics': { 'flowbook.metrics._mean_distance': ('metrics.html#_mean_distance', 'flowbook/metrics.py'),
                                   'flowbook.metrics._pieces': ('metrics.html#_pieces', 'flowbook/metrics.py'),

@@ -94,8 +94,20 @@ def verify_gpu(
 def matmul_precision(
     precision: str,     # fp32, tf32 or bf16
 ) -> Iterator[None]:
-    "PyTorch's products of float32 matrices are exact in the block, or rounded if it is tf32, and afterwards as before"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    "Products and convolutions of float32 are exact in the block, or rounded if it is tf32, and afterwards as before"
+    rounded, cudnn = precision == "tf32", torch.backends.cudnn
+    try: before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:        # This process uses the newer switches
+        switches = torch.backends.cuda.matmul, cudnn.conv
+        before = [switch.fp32_precision for switch in switches]
+        def turn(values):
+            for switch, value in zip(switches, values): switch.fp32_precision = value
+        during = ["tf32" if rounded else "ieee"] * 2
+    else:
+        def turn(values):
+            torch.set_float32_matmul_precision(values[0])
+            cudnn.allow_tf32 = values[1]
+        during = "high" if rounded else "highest", rounded
+    turn(during)
     try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    finally: turn(before)

@@ -31,7 +31,7 @@ class EMAModel:
         if not 0 <= decay < 1: raise ValueError(f"decay={decay!r} is not allowed: it must be at least 0 and below 1")
         self.module = copy.deepcopy(uncompiled(model)).requires_grad_(False).eval()     # For validation and sampling
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self._followed = None
+        self._followed, self._first = None, next(self.module.parameters(), torch.empty(0))
 
     def follow(self,
         model: nn.Module,               # Whose weights `update` shall average, from now on
@@ -41,11 +41,13 @@ class EMAModel:
         "List once what every update needs"
         self._followed = (model, mine or list(self.module.parameters()), its or list(model.parameters()),
                           list(self.module.buffers()), list(model.buffers()))
+        self._address = self._first.data_ptr()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         "Move the average towards the model's parameters, and copy its buffers"
-        if self._followed is None or self._followed[0] is not model: self.follow(model)
+        moved = self._followed is None or self._followed[0] is not model or self._first.data_ptr() != self._address
+        if moved: self.follow(model)
         _, mine, its, buffers, its_buffers = self._followed
         torch._foreach_lerp_(mine, its, 1 - ema_decay_at(self.updates, self.decay, self.warmup))
         if buffers: torch._foreach_copy_(buffers, its_buffers)

@@ -102,7 +102,7 @@ class LossMeter:
         self._bad_steps.fill_(self.skipped)
 
 # %% ../nbs/22_learner.ipynb #cd71447b
-PAIRING_THREADS = min(4, os.cpu_count() or 1)
+PAIRING_THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 class TrainingPairs:
     "The source and data points of any step, as a flow pairs them: a function of the seed and the step alone"
@@ -133,6 +133,11 @@ class TrainingPairs:
         if self._threads is None: return self._paired(window, *self._drawn(window), self.randomness)
         self._ahead = {k: self._ahead.get(k) or self._begun(k) for k in range(window, window + PAIRING_THREADS + 1)}
         return self._ahead[window].result()
+
+    def forget(self) -> None:
+        "Give up the searches that have not begun; pairs that are asked for later are looked for again"
+        for search in self._ahead.values(): search.cancel()
+        self._ahead = {}
 
     def _begun(self, window: int) -> Future:
         own = Randomness(self.randomness.seed, self.randomness.device)      # A generator is for one thread
@@ -284,10 +289,11 @@ class Learner:
     def validate(self) -> float:
         "Mean squared error of the averaged weights on the fixed exam, and `loss_by_time`; touches neither the model nor any random state"
         errors = []
-        for x_t, t, u_t in self.exam:
-            velocity = self.ema.module(x_t.clone(), t.clone())      # A network may work in place; the exam must stay
-            errors.append((velocity - u_t).square().flatten(1).double().mean(1))
-            self.stop_request.raise_if_received()
+        with matmul_precision("fp32"):
+            for x_t, t, u_t in self.exam:
+                velocity = self.ema.module(x_t.clone(), t.clone())      # A network may work in place; the exam must stay
+                errors.append((velocity - u_t).square().flatten(1).double().mean(1))
+                self.stop_request.raise_if_received()
         errors, quarter = torch.cat(errors).cpu(), torch.cat([t for _, t, _ in self.exam]).cpu().mul(4).long().clamp(max=3)
         self.loss_by_time = {f"val/loss_{name}_quarter": errors[quarter == k].mean().item()
                              for k, name in enumerate(("first", "second", "third", "last")) if (quarter == k).any()}

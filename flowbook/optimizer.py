@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/21_optimizer.ipynb #b14ed1ee
 ALIGNMENT = 16      # Numbers; 64 bytes of float32, as PyTorch itself aligns tensors
-SMALL = 2**17       # Numbers in a tensor, at most, for which a call costs more than they do
+SMALL = 2**17       # Numbers in a tensor that goes into the vector, at most: with 65,536 that was faster, with 1,048,576 slower
 
 def room_for(
     tensors: list[Tensor],  # Of one type, on one device
@@ -55,20 +55,26 @@ class FlatAdamW(torch.optim.AdamW):
         self.weights = gather(self._parameters)     # As parts
         self._vector, self._gradients = room_for(self._small) if self._small else ([], [])      # Of the small ones
         (self._means, means), (self._squares, squares) = (room_for(self._parameters) for _ in range(2))
-        self._steps, self.grad_scale, self.found_inf = torch.zeros((), device=self.weights[0].device), None, None
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._steps, self.grad_scale, self.found_inf, self._clipped = torch.zeros((), device=self.weights[0].device), None, None, None
         self._moments = [{"step": self._steps, "exp_avg": mean, "exp_avg_sq": square} for mean, square in zip(means, squares)]
         self.state.update(zip(self._parameters, self._moments))
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         "Set the small gradients to 0, where they are, and remove the large ones"
-        for parameter, gradient in zip(self._small, self._gradients):
-            if parameter.grad is not gradient: parameter.grad = gradient
+        for parameter, gradient in zip(self._small, self._gradients): parameter.grad = gradient
         for parameter in self._large: parameter.grad = None
         for vector in self._vector: vector.zero_()
 
     def gradients(self) -> list[Tensor]:
-        "What backpropagation has found, as parts"
+        "What backpropagation has found, as parts. `RuntimeError` when the weights are not where this optimiser has put them"
+        if [parameter.data_ptr() for parameter in self._parameters] != self._addresses:
+            raise RuntimeError("the network's weights have been moved since this optimiser was made (to another device or type, or by "
+                               "another optimiser or trainer), so it would train what nobody sees: make a new one")
+        for parameter, gradient in zip(self._small, self._gradients):
+            if parameter.grad is gradient: continue         # Else somebody has removed it, and backpropagation made another
+            parameter.grad = gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
         for parameter in self._large:
             if parameter.grad is None: parameter.grad = torch.zeros_like(parameter)
         return self._vector + [parameter.grad for parameter in self._large]
@@ -76,21 +82,24 @@ class FlatAdamW(torch.optim.AdamW):
     def clip(self,
         longest: float,     # The norm that a gradient may have; 0: any
     ) -> Tensor:            # The gradient's norm, on the device
-        "Have `step` shorten the gradient if it is longer"
-        parts = self.gradients()
+        "Have the next `step` shorten the gradient if it is longer"
+        self._clipped = parts = self.gradients()
         norm = nn.utils.get_total_norm(parts) if len(parts) > 1 else torch.linalg.vector_norm(parts[0])
         self.grad_scale = (norm / longest).clamp_(min=1).float() if longest else None
         return norm
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        "Move all weights; where `found_inf` is 1, none"
+        "Move all weights; where `found_inf` is 1, none. What was set for this step, `found_inf` and by `clip`, is for this one only."
+        if closure is not None: raise ValueError("FlatAdamW takes no closure: compute the loss and its gradient before the step")
         group = self.param_groups[0]
         self._steps += 1
-        torch._fused_adamw_(self.weights, self.gradients(), self._means, self._squares, [], [self._steps] * len(self.weights),
-                            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-                            eps=group["eps"], amsgrad=False, maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf)
+        torch._fused_adamw_(self.weights, self._clipped or self.gradients(), self._means, self._squares, [],
+                            [self._steps] * len(self.weights), lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+                            grad_scale=self.grad_scale, found_inf=self.found_inf)
         if self.found_inf is not None: self._steps -= self.found_inf
+        self.grad_scale, self.found_inf, self._clipped = None, None, None
 
     def state_dict(self) -> dict:
         "As that of `torch.optim.AdamW`, which counts the steps of each weight by itself"
@@ -98,8 +107,14 @@ class FlatAdamW(torch.optim.AdamW):
         return state | {"state": {number: moments | {"step": moments["step"].clone()} for number, moments in state["state"].items()}}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        "Go on from the state of this optimiser, or of a `torch.optim.AdamW` on the same parameters"
+        "Go on from the state of this optimiser, or of a `torch.optim.AdamW` on the same parameters. `ValueError` when that can't be"
+        steps = {float(moments["step"]) for moments in state_dict["state"].values()} or {0.0}
+        if len(steps) > 1: raise ValueError(f"the weights have made different numbers of steps ({min(steps):.0f} to {max(steps):.0f})")
+        for name in ("amsgrad", "maximize"):
+            if any(group.get(name) for group in state_dict["param_groups"]): raise ValueError(f"{name}=True is not possible here")
         super().load_state_dict(state_dict)
         for parameter, moments in zip(self._parameters, self._moments):
-            for name, tensor in moments.items(): tensor.copy_(self.state[parameter][name]) if parameter in self.state else tensor.zero_()
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name].copy_(self.state[parameter][name]) if parameter in self.state else moments[name].zero_()
+        self._steps.fill_(steps.pop())
         self.state.update(zip(self._parameters, self._moments))

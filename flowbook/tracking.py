@@ -230,7 +230,7 @@ class WandbTracker(NoTracker):
         self._waiting, self._due = [], 0.0
 
     def log(self, row: dict[str, Any]) -> None:
-        "Send a row, or keep it until a second has passed since others were sent; its `step` is a value like any other"
+        "Keep a row, and send all that wait if a second has passed since others were sent; its `step` is a value like any other"
         self._waiting.append(row | {"_timestamp": time.time()})
         if time.monotonic() >= self._due: self._send()
 
@@ -240,12 +240,12 @@ class WandbTracker(NoTracker):
 
     def close(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
         "Send the last rows, summary, tags and checkpoint, and end the run: with exit code 1 when its status is `failed`"
-        self._send()
         failed = summary["status"] == "failed"
-        others = [tag for tag in self.run.tags if tag not in ("failed", "flowbook")]
-        self.run.tags = (*others, "flowbook", *(["failed"] if failed else []))
-        self.run.summary.update({"error": None, **summary})     # None: the error of an earlier attempt is over
         try:
+            self._send()
+            others = [tag for tag in self.run.tags if tag not in ("failed", "flowbook")]
+            self.run.tags = (*others, "flowbook", *(["failed"] if failed else []))
+            self.run.summary.update({"error": None, **summary})     # None: the error of an earlier attempt is over
             if checkpoint_path is not None: self._keep(checkpoint_path, summary)
         finally: self.run.finish(exit_code=1 if failed else 0)
 

@@ -139,6 +139,7 @@ class FlowTrainer(Learner):
 
     def _close(self) -> None:
         self._saver, self._started, self._seconds_before, self.record = None, None, self.seconds, NoRecord()
+        self.pairs.forget()
         self._seen = states_there(self.folder)
 
     def _state(self) -> dict[str, Any]:

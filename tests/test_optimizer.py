@@ -140,6 +140,54 @@ def test_gradients_that_somebody_has_removed_come_back(name):
     assert apart(usual, flat) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["plain", "small and large"])
+def test_gradients_may_be_removed_by_the_network(name):
+    (usual, theirs), (flat, ours), shape = two(name)
+    train(usual, theirs, shape, 0.1)
+    train(flat, ours, shape, 0.1, between=flat.zero_grad)       # Backpropagation makes new ones, outside the vector
+    assert apart(usual, flat) < 1e-9
+
+
+def test_what_was_set_for_a_step_is_for_that_step():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = FlatAdamW([weight], lr=1.0, weight_decay=0.0)
+    weight.grad.fill_(1e3)
+    optimizer.clip(1.0)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert optimizer.grad_scale is None and optimizer.found_inf is None and weight.item() == 0
+    optimizer.zero_grad()
+    weight.grad.fill_(1.0)
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].item() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="takes no closure"): optimizer.step(lambda: None)
+
+
+def test_states_that_can_not_be_its_own_are_refused_and_change_nothing():
+    _, (model, optimizer), shape = two("plain")
+    train(model, optimizer, shape, 1.0)
+    before = copy.deepcopy(optimizer.state_dict())
+    for (part, number, name), value, words in ((("state", 0, "step"), torch.tensor(7.0), "different numbers of steps"),
+                                               (("param_groups", 0, "maximize"), True, "maximize=True"),
+                                               (("param_groups", 0, "amsgrad"), True, "amsgrad=True")):
+        other = copy.deepcopy(before)
+        other[part][number][name] = value
+        with pytest.raises(ValueError, match=words): optimizer.load_state_dict(other)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][k][name], before["state"][k][name]) for k in before["state"] for name in before["state"][k])
+
+
+def test_a_weight_that_has_no_state_begins_at_zero_and_the_steps_are_kept():
+    _, (model, optimizer), shape = two("plain")
+    train(model, optimizer, shape, 1.0)
+    state = copy.deepcopy(optimizer.state_dict())
+    last = max(state["state"])
+    del state["state"][last]        # As PyTorch's has it for a weight that never had a gradient
+    optimizer.load_state_dict(state)
+    kept = optimizer.state_dict()["state"]
+    assert kept[0]["step"] == 30 and torch.equal(kept[0]["exp_avg"], state["state"][0]["exp_avg"]) and not kept[last]["exp_avg"].any()
+
+
 def test_weights_that_are_loaded_are_those_that_train():
     _, (model, optimizer), shape = two("plain")
     _, (other, its), _ = two("plain")

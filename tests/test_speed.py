@@ -20,6 +20,7 @@ from conftest import assert_same, training_state
 from flowbook.checkpoint import read_checkpoint
 from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling
 from flowbook.data import FlowDataset
+from flowbook.device import matmul_precision
 from flowbook.ema import EMAModel
 from flowbook.learner import Learner, NotFinite
 from flowbook.nets import create_model
@@ -81,6 +82,26 @@ def test_an_average_of_one_vector_is_that_of_each_weight(configured):
     assert_same(learner.ema.state_dict(), usual.state_dict())
 
 
+def test_an_average_that_was_moved_goes_on(configured):
+    learner = new_learner(configured())
+    usual = EMAModel(learner.model, learner.ema.decay)
+    learner.ema.module.double().float()     # Its weights lie elsewhere now
+    for _ in range(3):
+        learner.update()
+        usual.update(learner.model)
+    assert_same(learner.ema.state_dict(), usual.state_dict())
+
+
+def test_a_network_that_was_moved_is_not_trained_in_vain(configured):
+    learner = new_learner(configured())
+    learner.update()
+    learner.model.double().float()
+    with pytest.raises(RuntimeError, match="weights have been moved since this optimiser was made"): learner.update()
+    first = new_learner(configured())
+    Learner(first.model, configured())
+    with pytest.raises(RuntimeError, match="by another optimiser or trainer"): first.update()
+
+
 def test_a_network_in_one_vector_is_a_network_like_any_other(configured, tmp_path):
     learner = new_learner(configured())
     learner.update()
@@ -128,6 +149,16 @@ def test_pairs_are_looked_for_while_a_step_is_trained_on(configured, monkeypatch
     assert len(looked_for_by) >= 2 and threading.main_thread() not in looked_for_by
 
 
+def test_searches_that_nobody_waits_for_are_given_up(configured, new_trainer):
+    trainer = new_trainer(configured(flow="otcfm"), callbacks=[StopAt(3)])
+    with pytest.raises(KeyboardInterrupt): trainer.train()
+    assert trainer.pairs._ahead == {}
+    trainer.train()         # They are looked for again
+    unbroken = new_trainer(configured(flow="otcfm"), overwrite=True)
+    unbroken.train()
+    assert_same(trainer.model.state_dict(), unbroken.model.state_dict())
+
+
 def test_an_error_in_a_search_is_raised_in_its_own_step(configured, monkeypatch, data_dir):
     train, val = (FlowDataset(data_dir, "moons", "all", split) for split in ("train", "validation"))
     learner = new_learner(configured(flow="otcfm"), train_dataset=train, val_dataset=val)
@@ -148,8 +179,11 @@ def test_an_error_in_a_search_is_raised_in_its_own_step(configured, monkeypatch,
 
 class Watch:
     """Notes which kind of products a trainer uses."""
-    def __init__(self): self.seen = set()
+    def __init__(self): self.seen, self.in_the_exam = set(), set()
     def on_step(self, trainer): self.seen.add(torch.get_float32_matmul_precision())
+
+    def on_train_start(self, trainer):
+        trainer.ema.module.register_forward_hook(lambda *arguments: self.in_the_exam.add(torch.get_float32_matmul_precision()))
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
@@ -158,10 +192,33 @@ def test_a_run_uses_the_products_it_was_asked_for_and_leaves_the_process_as_it_w
     try:
         torch.set_float32_matmul_precision(before)
         new_trainer(configured(precision=precision, epochs=1), callbacks=[watch := Watch()]).train()
-        assert watch.seen == {inside} and torch.get_float32_matmul_precision() == before
+        assert watch.seen == {inside} and watch.in_the_exam == {"highest"} and torch.get_float32_matmul_precision() == before
         with pytest.raises(NotFinite): new_trainer(configured(precision=precision, seed=1, lr=1e30, grad_clip=0.0)).train()
         assert torch.get_float32_matmul_precision() == before
     finally: torch.set_float32_matmul_precision("highest")
+
+
+def test_beside_the_newer_switches_the_older_ones_are_left_alone(tmp_path):
+    code = """if True:
+        import torch
+        from flowbook.device import matmul_precision
+        switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        def values(): return [switch.fp32_precision for switch in switches]
+        for switch in switches: switch.fp32_precision = "tf32"
+        for precision, inside in (("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")):
+            with matmul_precision(precision): assert values() == [inside] * 2, (precision, values())
+            assert values() == ["tf32"] * 2
+        """
+    if not hasattr(torch.backends, "fp32_precision"): pytest.skip("this PyTorch has the older switches only")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_convolutions_are_as_exact_as_products():
+    before = torch.backends.cudnn.allow_tf32
+    for precision in ("fp32", "tf32", "bf16"):
+        with matmul_precision(precision): assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_a_run_in_bf16_stays_near_the_exact_one_and_resumes_bit_for_bit(configured, new_trainer, tmp_path):
@@ -197,8 +254,8 @@ def test_another_precision_is_another_run(configured, new_trainer):
 def test_the_readme_says_what_was_measured():
     root = Path(__file__).parents[1]
     results = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
-    rows = {"**flowbook**": "flowbook", "the usual loop": "usual loop", "accelerate": "accelerate", "Lightning with": "Lightning",
-            "the same with": "Lightning, bar and rows"}
+    rows = {"**flowbook**": "flowbook", "the usual loop": "usual loop", "TorchCFM": "torchcfm", "accelerate": "accelerate",
+            "Lightning with": "Lightning", "the same with": "Lightning, bar and rows"}
     table = (root / "README.md").read_text().split("## What a step costs")[1].split("\n\n")[2]
     for start, name in rows.items():
         line, = [line for line in table.splitlines() if line.startswith(f"| {start}")]
