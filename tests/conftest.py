@@ -1,6 +1,7 @@
 """What several tests need: small data, small runs, and the command line as a user runs it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,17 @@ def flowbook(tmp_path):
         command = [COMMAND, *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
     return run
+
+
+class PressCtrlC:
+    """A callback that behaves like a person who presses Ctrl-C in a certain step."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+
+    def on_step(self, trainer):
+        if trainer.step == self.step:
+            signal.raise_signal(self.number)
 
 
 def assert_same(first, second, where="state"):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 
-from conftest import assert_same, training_state
+from conftest import PressCtrlC, assert_same, training_state
 from flowbook.checkpoint import read_checkpoint
 from flowbook.couplings import EntropicCoupling, OptimalTransportCoupling
 from flowbook.data import FlowDataset
@@ -150,7 +150,7 @@ def test_pairs_are_looked_for_while_a_step_is_trained_on(configured, monkeypatch
 
 
 def test_searches_that_nobody_waits_for_are_given_up(configured, new_trainer):
-    trainer = new_trainer(configured(flow="otcfm"), callbacks=[StopAt(3)])
+    trainer = new_trainer(configured(flow="otcfm"), callbacks=[PressCtrlC(3)])
     with pytest.raises(KeyboardInterrupt): trainer.train()
     assert trainer.pairs._ahead == {}
     trainer.train()         # They are looked for again
@@ -230,7 +230,7 @@ def test_a_run_in_bf16_stays_near_the_exact_one_and_resumes_bit_for_bit(configur
     assert abs(rough.best_val_loss - exact.best_val_loss) < 0.02
 
     elsewhere = config.replace(checkpoint_dir=str(tmp_path / "resumed"))
-    stopped = new_trainer(elsewhere, callbacks=[StopAt(10)])
+    stopped = new_trainer(elsewhere, callbacks=[PressCtrlC(10)])
     with pytest.raises(KeyboardInterrupt): stopped.train()
     resumed = new_trainer(elsewhere, resume_path="auto")
     resumed.train()
@@ -238,24 +238,16 @@ def test_a_run_in_bf16_stays_near_the_exact_one_and_resumes_bit_for_bit(configur
     assert {tensor.dtype for tensor in resumed.model.state_dict().values()} == {torch.float32}
 
 
-class StopAt:
-    """A callback that asks for a stop after a step."""
-    def __init__(self, step): self.step = step
-
-    def on_step(self, trainer):
-        if trainer.step == self.step: trainer.stop_request.request()
-
-
 def test_another_precision_is_another_run(configured, new_trainer):
-    with pytest.raises(KeyboardInterrupt): new_trainer(configured(), callbacks=[StopAt(5)]).train()
+    with pytest.raises(KeyboardInterrupt): new_trainer(configured(), callbacks=[PressCtrlC(5)]).train()
     with pytest.raises(ValueError, match="precision"): new_trainer(configured(precision="bf16"), resume_path="auto")
 
 
 def test_the_readme_says_what_was_measured():
     root = Path(__file__).parents[1]
     results = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
-    rows = {"**flowbook**": "flowbook", "the usual loop": "usual loop", "TorchCFM": "torchcfm", "accelerate": "accelerate",
-            "Lightning with": "Lightning", "the same with": "Lightning, bar and rows"}
+    rows = {"**flowbook**": "flowbook", "the usual loop": "usual loop", "TorchCFM": "torchcfm", "that loop": "torchcfm, fused",
+            "accelerate": "accelerate", "Lightning with": "Lightning", "the same with": "Lightning, bar and rows"}
     table = (root / "README.md").read_text().split("## What a step costs")[1].split("\n\n")[2]
     for start, name in rows.items():
         line, = [line for line in table.splitlines() if line.startswith(f"| {start}")]

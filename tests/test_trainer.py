@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import FLOW_CASES, assert_same, training_state
+from conftest import FLOW_CASES, PressCtrlC, assert_same, training_state
 from flowbook.checkpoint import CheckpointError, read_checkpoint
 from flowbook.data import FlowDataset, prepare_dataset
 from flowbook.learner import NotFinite
@@ -16,17 +16,6 @@ from flowbook.nets import create_model
 from flowbook.runs import read_summary
 from flowbook.tracking import read_metrics
 from flowbook.trainer import FlowTrainer
-
-
-class PressCtrlC:
-    """A callback that behaves like a person who presses Ctrl-C in a certain step."""
-
-    def __init__(self, step, number=signal.SIGINT):
-        self.step, self.number = step, number
-
-    def on_step(self, trainer):
-        if trainer.step == self.step:
-            signal.raise_signal(self.number)
 
 
 def final_state(trainer):
