@@ -1,11 +1,11 @@
-"""What a step of training costs, beside other trainers: `python benchmarks/speed.py [2d digits embeddings] [--rounds 8]`.
+"""What a step of training costs, beside other trainers: `python benchmarks/speed.py [2d digits embeddings] [--rounds 8] [--device cpu]`.
 
 Every contender trains the same network with Adam or AdamW on the same points, in one process, on one PyTorch thread. They take turns
-of ten or thirty steps, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first steps
-of a turn, in which the caches still hold the others' numbers, are not counted (but every tenth, in which rows are written, is). A round is
-a number of turns. A ratio compares two contenders in the same round; printed are medians over the rounds, and between which numbers the
-middle half of them lies. While the others have their turns, a contender's clock stands still: what it does once a second, such as drawing
-a bar, sending rows or saving, it does once in a second of its own.
+of a tenth of a second or so, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first
+steps of a turn, in which the caches still hold the others' numbers, are not counted. A round is a number of turns. A ratio compares two
+contenders in the same round; printed are medians over the rounds, and between which numbers the middle half of them lies. While the others
+have their turns, a contender's clock stands still: what it does once a second, such as drawing a bar, sending rows or saving, it does
+once in a second of its own.
 
 The *floor* is what no trainer can leave out: noise, a forward and a backward pass and a fused AdamW, on one batch that stays where it is.
 flowbook is `FlowTrainer.train()` as a user gets it: averaged weights, clipping, a schedule, a check of every step, and every ten steps a
@@ -52,11 +52,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flowbook.config import TrainingConfig
 from flowbook.data import FlowDataset
+from flowbook.device import device_name, select_device
 from flowbook.trainer import FlowTrainer
 
 RESULTS = Path(__file__).with_name("results") / "speed.json"
 WORKLOADS = {"2d": (2, 64, 256), "digits": (64, 256, 128), "embeddings": (384, 1024, 256)}      # Numbers of a point, width, batch
-TURNS = {"2d": (12, 30, 5), "digits": (6, 30, 5), "embeddings": (3, 10, 2)}        # In a round; steps of each; how many of them don't count
+TURNS = {"2d": (4, 120, 20), "digits": (4, 60, 20), "embeddings": (2, 20, 10)}     # In a round; steps of each; how many of them don't count
 
 
 class Network(nn.Module):
@@ -100,9 +101,10 @@ class Contender(threading.Thread):
 
     def tick(self):
         """A step is done."""
-        now = time.perf_counter()
         self.step += 1
         place = self.step % self.work.steps or self.work.steps
+        if place in (self.work.uncounted, self.work.steps): self.work.finish()
+        now = time.perf_counter()
         if place > self.work.uncounted and self.last is not None and self.step % self.work.epoch != 1:
             self.seconds += now - self.last
             self.counted += 1
@@ -113,30 +115,35 @@ class Contender(threading.Thread):
 
 def loss_of(model, x1):
     """Flow matching as it is usually written."""
-    x0, t = torch.randn_like(x1), torch.rand(len(x1))
+    x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device)
     x_t = x0 + t[:, None] * (x1 - x0)
     return mse_loss(model(x_t, t), x1 - x0)
 
 
 class Workload:
     """The network, the points and the batch of one size."""
-    def __init__(self, name, points=10_000):
+    def __init__(self, name, device, points=10_000):
+        self.device = device
         (self.features, self.width, self.batch), (_, self.steps, self.uncounted) = WORKLOADS[name], TURNS[name]
         points = torch.randn(points, self.features, generator=torch.Generator().manual_seed(0)) * 2 + 1
         self.data = FlowDataset.from_tensor(points)
         self.epoch = len(points) // self.batch
-        self.x1, self.val = self.data.tensor, FlowDataset.from_tensor(points[:256], self.data.stats)
+        self.x1, self.val = self.data.tensor.to(device), FlowDataset.from_tensor(points[:256], self.data.stats)
 
     def model(self):
         torch.manual_seed(0)
-        return Network(self.features, self.width)
+        return Network(self.features, self.width).to(self.device)
 
-    def loader(self): return DataLoader(TensorDataset(self.x1), batch_size=self.batch, shuffle=True, drop_last=True)
+    def finish(self):
+        """A GPU works on after the program has gone on: wait for it."""
+        if self.device.type == "cuda": torch.cuda.synchronize()
+
+    def loader(self): return DataLoader(TensorDataset(self.x1.cpu()), batch_size=self.batch, shuffle=True, drop_last=True)
 
 
-def batches(loader):
-    """Epoch after epoch."""
-    while True: yield from loader
+def batches(loader, device):
+    """Epoch after epoch, on a device."""
+    while True: yield from (x1.to(device, non_blocking=True) for x1, in loader)
 
 
 def floor(work, clock, folder):
@@ -164,7 +171,7 @@ def flowbook(work, clock, folder, flow="icfm", **options):
     """`FlowTrainer.train()`, with W&B offline."""
     steps = len(work.x1) // work.batch
     config = TrainingConfig(flow=flow, dataset="points", batch_size=work.batch, epochs=-(-clock.steps // steps), warmup_steps=10,
-                            patience=0, checkpoint_dir=str(folder), device="cpu", flow_options=options)
+                            patience=0, checkpoint_dir=str(folder), device=str(work.device), flow_options=options)
     trainer = FlowTrainer(work.model(), config, work.data, work.val, callbacks=[Ticks(clock)])
     with contextlib.suppress(KeyboardInterrupt): trainer.train()
     if not list(folder.rglob("*.wandb")): raise RuntimeError("Weights & Biases has recorded nothing")
@@ -176,7 +183,7 @@ def usual(work, clock, folder, fused=None):
     average, total = deepcopy(model), 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, clock.steps)
-    for _, (x1,) in zip(range(clock.steps), batches(work.loader())):
+    for _, x1 in zip(range(clock.steps), batches(work.loader(), work.device)):
         loss = loss_of(model, x1)
         optimizer.zero_grad()
         loss.backward()
@@ -196,7 +203,7 @@ def torchcfm(work, clock, folder, matcher="ConditionalFlowMatcher", fused=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
     for _ in range(clock.steps):
         optimizer.zero_grad()
-        x1 = work.x1[torch.randint(len(work.x1), (work.batch,))]
+        x1 = work.x1[torch.randint(len(work.x1), (work.batch,), device=work.device)]
         t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
         loss = torch.mean((model(x_t, t) - u_t)**2)
         loss.backward()
@@ -228,9 +235,11 @@ def lightning(work, clock, folder, shown=False):
     class LightningTicks(Callback):
         def on_train_batch_end(self, *arguments): clock.tick()
 
-    trainer = lightning.Trainer(max_steps=clock.steps, accelerator="cpu", logger=shown and CSVLogger(folder), log_every_n_steps=10,
-                                enable_progress_bar=shown, enable_checkpointing=False, enable_model_summary=False, gradient_clip_val=1.0,
-                                default_root_dir=folder, callbacks=[EMAWeightAveraging(decay=0.999), LightningTicks()])
+    accelerator = "gpu" if work.device.type == "cuda" else "cpu"
+    trainer = lightning.Trainer(max_steps=clock.steps, accelerator=accelerator, devices=1, logger=shown and CSVLogger(folder),
+                                log_every_n_steps=10, enable_progress_bar=shown, enable_checkpointing=False, enable_model_summary=False,
+                                gradient_clip_val=1.0, default_root_dir=folder,
+                                callbacks=[EMAWeightAveraging(decay=0.999), LightningTicks()])
     trainer.fit(Module(), work.loader())
 
 
@@ -241,10 +250,10 @@ def accelerate(work, clock, folder):
     """accelerate with ema-pytorch and clipping."""
     from accelerate import Accelerator
     from ema_pytorch import EMA
-    accelerator, model = Accelerator(cpu=True), work.model()
+    accelerator, model = Accelerator(cpu=work.device.type == "cpu"), work.model()
     model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), work.loader())
     average = EMA(accelerator.unwrap_model(model), beta=0.999, update_every=1)
-    for _, (x1,) in zip(range(clock.steps), batches(loader)):
+    for _, x1 in zip(range(clock.steps), batches(loader, work.device)):
         loss = loss_of(model, x1)
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -268,14 +277,16 @@ def hugging_face(work, clock, folder):
     class TrainerTicks(TrainerCallback):
         def on_step_end(self, *arguments, **options): clock.tick()
 
+    points = work.x1.cpu()
+
     class Points(torch.utils.data.Dataset):
         def __len__(self): return len(work.x1)
-        def __getitem__(self, index): return {"x1": work.x1[index]}
+        def __getitem__(self, index): return {"x1": points[index]}
 
     arguments = TrainingArguments(
         str(folder), max_steps=clock.steps, per_device_train_batch_size=work.batch, learning_rate=1e-3, lr_scheduler_type="cosine",
-        use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_drop_last=True,
-        optim="adamw_torch_fused")
+        use_cpu=work.device.type == "cpu", report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        dataloader_drop_last=True, optim="adamw_torch_fused")
     Trainer(Module(), arguments, train_dataset=Points(), callbacks=[TrainerTicks()]).train()
 
 
@@ -292,9 +303,9 @@ FIRST_OF_FEW = "flowbook, 1,000 points"
 FEW = {FIRST_OF_FEW: flowbook, "semidiscrete, 1,000 points": flowbook_semidiscrete}
 
 
-def measure(name, rounds):
+def measure(name, rounds, device):
     """Microseconds of a step of every contender, round by round."""
-    many, few, size = Workload(name), Workload(name, 1_000), TURNS[name][0]
+    many, few, size = Workload(name, device), Workload(name, device, 1_000), TURNS[name][0]
     turns = size * rounds + 1       # The first is for getting ready
     contenders = {contender: Contender(train, many, turns) for contender, train in MANY.items()}
     contenders |= {contender: Contender(train, few, turns) for contender, train in FEW.items()}
@@ -328,21 +339,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"some of {', '.join(WORKLOADS)}; all when none is given")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then the results go to speed-cuda.json")
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     for name in options.workloads:
         if name not in WORKLOADS: parser.error(f"workload {name!r} is unknown: it must be one of {', '.join(WORKLOADS)}")
+    device = select_device(options.device)
+    path = options.results or RESULTS.with_stem("speed" if device.type == "cpu" else f"speed-{device.type}")
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "offline"
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "transformers"): logging.getLogger(name).setLevel(logging.ERROR)
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name in options.workloads:
-        times = measure(name, options.rounds)
+        times = measure(name, options.rounds, device)
         show(times)
         peers = {peer: version(peer) for peer in ("torchcfm", "lightning", "accelerate", "ema-pytorch", "transformers", "wandb")}
-        results[name] = {"machine": machine() | peers, "microseconds": times}
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = {"machine": machine() | peers | {"device": device_name(device)}, "microseconds": times}
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

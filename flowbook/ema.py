@@ -43,15 +43,41 @@ class EMAModel:
                           list(self.module.buffers()), list(model.buffers()))
         self._address = self._first.data_ptr()
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         "Move the average towards the model's parameters, and copy its buffers"
-        moved = self._followed is None or self._followed[0] is not model or self._first.data_ptr() != self._address
-        if moved: self.follow(model)
-        _, mine, its, buffers, its_buffers = self._followed
-        torch._foreach_lerp_(mine, its, 1 - ema_decay_at(self.updates, self.decay, self.warmup))
-        if buffers: torch._foreach_copy_(buffers, its_buffers)
+        if self._followed is None or self._followed[0] is not model: self.follow(model)
+        self.approach(self.share)
         self.updates += 1
+
+    @property
+    def share(self) -> float:
+        "The model's share in the next average, above 0 and at most 1"
+        return 1 - ema_decay_at(self.updates, self.decay, self.warmup)
+
+    @torch.no_grad()
+    def approach(self,
+        share: float | Tensor,      # The model's, 0 to 1: a number, or a tensor of one number on the model's device
+    ) -> None:
+        "What `update` does with the tensors: average the parameters of the model that is followed, and copy its buffers"
+        _, mine, its, buffers, its_buffers = self._in_place()
+        if isinstance(share, Tensor): torch._foreach_lerp_(mine, its, [share] * len(mine))
+        else: torch._foreach_lerp_(mine, its, share)
+        if buffers: torch._foreach_copy_(buffers, its_buffers)
+
+    @property
+    def place(self) -> int:
+        "Where the first averaged weight lies: another address once the average was moved"
+        return self._first.data_ptr()
+
+    @property
+    def changed(self) -> list[Tensor]:
+        "Every tensor that an update changes"
+        _, mine, _, buffers, _ = self._in_place()
+        return [*mine, *buffers]
+
+    def _in_place(self) -> tuple:
+        if self._first.data_ptr() != self._address: self.follow(self._followed[0])      # The average was moved
+        return self._followed
 
     def state_dict(self) -> dict:
         "The averaged weights, the settings, and how many updates were made"

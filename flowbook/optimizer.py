@@ -89,17 +89,30 @@ class FlatAdamW(torch.optim.AdamW):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self,
+        closure: None = None,               # Not possible here
+        lr: float | Tensor | None = None,   # Learning rate of this step, a number, or on the device; None: that of the parameter group
+    ) -> None:
         "Move all weights; where `found_inf` is 1, none. What was set for this step, `found_inf` and by `clip`, is for this one only."
         if closure is not None: raise ValueError("FlatAdamW takes no closure: compute the loss and its gradient before the step")
         group = self.param_groups[0]
         self._steps += 1
         torch._fused_adamw_(self.weights, self._clipped or self.gradients(), self._means, self._squares, [],
-                            [self._steps] * len(self.weights), lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-                            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-                            grad_scale=self.grad_scale, found_inf=self.found_inf)
+                            [self._steps] * len(self.weights), lr=group["lr"] if lr is None else lr,
+                            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                            amsgrad=False, maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf)
         if self.found_inf is not None: self._steps -= self.found_inf
         self.grad_scale, self.found_inf, self._clipped = None, None, None
+
+    @property
+    def changed(self) -> list[Tensor]:
+        "Every tensor that a step changes"
+        return [*self.weights, *self._means, *self._squares, self._steps]
+
+    @property
+    def settings(self) -> tuple:
+        "What a step depends on beside those, the gradients and the learning rate"
+        return tuple(self.param_groups[0][name] for name in ("betas", "weight_decay", "eps"))
 
     def state_dict(self) -> dict:
         "As that of `torch.optim.AdamW`, which counts the steps of each weight by itself"

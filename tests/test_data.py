@@ -350,7 +350,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half(call, count, after):
 
 def test_an_error_while_writing_leaves_nothing(monkeypatch):
     def full(*arguments, **options): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(OSError, match="No space left"): prepare_dataset("moons", points=20)
     assert [path.name for path in Path("datasets").iterdir()] == [".prepare.lock"]
 

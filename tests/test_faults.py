@@ -726,12 +726,12 @@ def in_the_data(patch, mistake, train_dataset, val_dataset):
                 mistake()
             return super().__torch_function__(function, types, arguments, options or {})
 
-    train_dataset.tensor = train_dataset.tensor.as_subclass(Points)
+    train_dataset._points = train_dataset.tensor.as_subclass(Points)
 
 
 def after_the_optimizer(patch, mistake, **data):
     step = FlatAdamW.step
-    patch.setattr(FlatAdamW, "step", lambda self, *arguments: mistake(step(self, *arguments)))
+    patch.setattr(FlatAdamW, "step", lambda self, **options: mistake(step(self, **options)))
 
 
 @pytest.mark.parametrize("call", [3, 12])

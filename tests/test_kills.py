@@ -85,7 +85,7 @@ def train(config, pipe, strike=None, power_cuts=False):
 
     torch.set_num_threads(1)
     os.fsync = fsync
-    EMAModel.update = told(EMAModel.update, "step")     # Between the optimiser's step and the end of ours
+    EMAModel.approach = told(EMAModel.approach, "step")     # Between the optimiser's step and the end of ours
     FlowTrainer.validate = told(FlowTrainer.validate, "validate")
     Saver.save = Saver.save_if_due = told(Saver.save, "save", "saved")
     sys.addaudithook(audit)

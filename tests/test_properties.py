@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowbook.config import LIMITS, Precision, Schedule, TrainingConfig
+from flowbook.config import LIMITS, Compile, Precision, Schedule, TrainingConfig
 
 MOST = 2**53                                            # JSON's other readers know whole numbers up to here
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -23,6 +23,7 @@ BY_TYPE = {str: text, str | None: st.none() | text, bool: st.booleans(), dict: s
 BY_NAME = dict(
     arch=name, flow=name, dataset=name, source=name, aug=name, seed=st.integers(0, 2**32 - 1),
     steps_per_epoch=st.integers(0, MOST), schedule=st.sampled_from(Schedule.__args__), precision=st.sampled_from(Precision.__args__),
+    compile=st.sampled_from(Compile.__args__),
     noise_std=st.floats(0, 1e300), mixup_alpha=st.floats(0, 1e300, exclude_min=True), lr=st.floats(0, 1e300, exclude_min=True),
     weight_decay=st.floats(0, 1e300), ema_decay=st.floats(0, 1, exclude_max=True), grad_clip=st.floats(0, 1e300),
     min_delta=st.floats(0, 1e300), epochs=st.integers(1, MOST), batch_size=st.integers(1, MOST), warmup_steps=st.integers(0, MOST),
