@@ -1,7 +1,7 @@
 """What a step of training costs, beside other trainers: `python benchmarks/speed.py [2d digits embeddings] [--rounds 8] [--device cpu]`.
 
 Every contender trains the same network with Adam or AdamW on the same points, in one process, on one PyTorch thread. They take turns
-of a tenth of a second or so, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first
+of some tenths of a second, in another order each time, so that a machine that is now slow and now fast is so for all of them. The first
 steps of a turn, in which the caches still hold the others' numbers, are not counted. A round is a number of turns. A ratio compares two
 contenders in the same round; printed are medians over the rounds, and between which numbers the middle half of them lies. While the others
 have their turns, a contender's clock stands still: what it does once a second, such as drawing a bar, sending rows or saving, it does
@@ -57,7 +57,7 @@ from flowbook.trainer import FlowTrainer
 
 RESULTS = Path(__file__).with_name("results") / "speed.json"
 WORKLOADS = {"2d": (2, 64, 256), "digits": (64, 256, 128), "embeddings": (384, 1024, 256)}      # Numbers of a point, width, batch
-TURNS = {"2d": (4, 120, 20), "digits": (4, 60, 20), "embeddings": (2, 20, 10)}     # In a round; steps of each; how many of them don't count
+TURNS = {"2d": (4, 400, 40), "digits": (4, 60, 20), "embeddings": (2, 20, 10)}     # In a round; steps of each; how many of them don't count
 
 
 class Network(nn.Module):
