@@ -1,0 +1,94 @@
+"""Real runs side by side: what the table says is what was trained, and what is damaged does not hide the rest."""
+
+import json
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import pytest
+
+from conftest import PressCtrlC
+from flowbook.comparison import Run, compare_runs
+
+
+@pytest.fixture
+def study(configured, new_trainer):
+    """Two networks of one flow, one of them stopped, and another flow; the folder, and what `train` returned."""
+    summaries = {}
+    for changes in (dict(lr=2e-3), dict(lr=5e-3, seed=1), dict(flow="otcfm", flow_options={"ot_batch_size": 200})):
+        config = configured(**changes)
+        stopped = changes.get("seed") == 1
+        trainer = new_trainer(config, callbacks=[PressCtrlC(16)] if stopped else [])
+        if stopped:
+            with pytest.raises(KeyboardInterrupt): trainer.train()
+        else: summaries[config.run_name] = trainer.train()
+    return trainer.folder.parent, summaries
+
+
+def test_the_table_says_what_was_trained(study):
+    folder, summaries = study
+    runs = compare_runs(folder)
+    assert runs.settings == ["flow", "flow_options", "seed", "lr"] and [len(exam) for exam in runs.exams] == [2, 1]
+    rows = {row["run"]: row for row in runs.rows()}
+    run, flow, options, seed, lr, status, steps, best, _ = rows["mlp-icfm-moons-all-none-s1"].values()
+    assert (flow, options, seed, lr, status, steps) == ("icfm", "{}", "1", "0.005", "interrupted", "16") and best.endswith("at step 14")
+    for name, summary in summaries.items():
+        run, = [run for run in runs.runs if run.folder.name == name]
+        assert run.status == summary["status"] == rows[name]["status"] and run.best["val/loss"] == summary["best_val_loss"]
+        assert rows[name]["steps"] == str(summary["steps"])
+    for exam in runs.exams:
+        losses = [run.best["val/loss"] for run in exam]
+        assert losses == sorted(losses)
+    text, html = repr(runs), runs._repr_html_()
+    assert all(name in text and name in html for name in rows) and html.count("<img") == 2 and "another exam" in html
+    assert not plt.get_fignums()        # A display touches nobody's figures
+
+
+def test_a_run_is_read_as_it_is_shown(study):
+    folder, summaries = study
+    name = next(iter(summaries))
+    run = Run(folder / name)
+    assert name in repr(run) and "finished" in repr(run) and "arch_options" in run._repr_html_() and not plt.get_fignums()
+
+
+def test_a_run_that_is_killed_at_once_is_listed(study):
+    folder, summaries = study
+    run = folder / next(iter(summaries))
+    (run / "metrics.jsonl").write_bytes(b"")
+    (run / "summary.json").unlink()
+    row, = [row for row in compare_runs(folder).rows() if row["run"] == run.name]
+    assert (row["status"], row["steps"], row["best validation loss"], row["time"]) == ("unknown", "0", "not validated yet", "")
+    assert "<img" in Run(run)._repr_html_() and "<img" in compare_runs(folder)._repr_html_()
+    plt.close(compare_runs(folder).plot().figure)
+
+
+@pytest.mark.parametrize("file, content", [("config.json", "{"), ("config.json", None), ("config.json", '{"lr": -1}'),
+                                           ("config.json", '{"colour": 1}'), ("summary.json", "[]")])
+def test_a_run_that_cannot_be_read_is_left_out_and_named(study, file, content):
+    folder, summaries = study
+    name = next(iter(summaries))
+    (folder / name / file).unlink() if content is None else (folder / name / file).write_text(content)
+    with pytest.warns(UserWarning, match=f"{re.escape(name)} is left out"): runs = compare_runs(folder)
+    assert len(runs.runs) == 2
+
+
+def test_what_a_run_says_is_no_html(study):
+    folder, summaries = study
+    path = folder / next(iter(summaries)) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed", "error": "<script>alert(1)</script>"}))
+    assert "<script>" not in Run(path.parent)._repr_html_() and "&lt;script&gt;" in Run(path.parent)._repr_html_()
+
+
+def test_folders_in_folders_and_none_at_all(study, tmp_path):
+    folder, summaries = study
+    shutil.copytree(folder, folder / "older" / "study")
+    names = {row["run"] for row in compare_runs(folder).rows()}
+    assert len(names) == 6 and f"older/study/{next(iter(summaries))}" in names
+    aside = folder / next(iter(summaries))
+    shutil.copytree(aside, aside.with_name(f"{aside.name}.old-1"))
+    assert {row["run"] for row in compare_runs(folder).rows()} == names
+    (tmp_path / "empty").mkdir()
+    nothing = compare_runs(tmp_path / "empty")
+    assert (nothing.runs, nothing.rows(), nothing.settings, nothing.exams, repr(nothing)) == ([], [], [], [], "no runs")
+    assert "no runs" in nothing._repr_html_()
+    with pytest.raises(IndexError, match="these runs took 0"): nothing.plot()
