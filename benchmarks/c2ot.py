@@ -24,7 +24,7 @@ from torch import nn
 
 from flowbook.config import TrainingConfig, atomic_path
 from flowbook.data import prepare_dataset
-from flowbook.display import duration
+from flowbook.pictures import duration
 from flowbook.flows import FLOWS
 from flowbook.metrics import wasserstein2_squared
 from flowbook.nets import create_model, register_model

@@ -5,41 +5,18 @@
 # %% auto #0
 __all__ = ['Run', 'Comparison', 'compare_runs']
 
-# %% ../nbs/22_comparison.ipynb #0e322c1a
-import base64, io, math, os, re, warnings
-from html import escape
+# %% ../nbs/22_comparison.ipynb #79ef66a1
+import math, os, re, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .config import TrainingConfig, split_dataset_name
-from .display import duration
+from .pictures import duration, html_picture, html_table
 from .plots import plot_losses
 from .runs import METRICS_FILE, read_summary
 from .tracking import CONFIG_FILE, read_metrics
 if TYPE_CHECKING: from matplotlib.axes import Axes      # matplotlib is imported where something is drawn
 
-# %% ../nbs/22_comparison.ipynb #e557c64f
-def _picture(draw, width: float, height: float) -> str:
-    "An HTML image of what draw(axes) draws; clear and with grey lettering, so that it can be read on light and dark pages"
-    from matplotlib.figure import Figure        # Not pyplot: a display must not touch the figures of the person who looks at it
-    figure = Figure((width, height), dpi=72, layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.patch.set_alpha(0)
-    grey = "#808080"
-    axes.tick_params(colors=grey, which="both")
-    for part in (axes.xaxis.label, axes.yaxis.label, *axes.texts): part.set_color(grey)
-    for spine in axes.spines.values(): spine.set_edgecolor(grey)
-    if legend := axes.get_legend():
-        legend.get_frame().set_alpha(0)
-        for text in legend.get_texts(): text.set_color(grey)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", transparent=True)
-    return f"<img alt='curves' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
-
-def _html_table(rows: list[list[str]], head: list[str] | None = None) -> str:
-    def line(cells, kind): return "<tr>" + "".join(f"<{kind} style='text-align:left'>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
-    return f"<table>{line(head, 'th') if head else ''}{''.join(line(row, 'td') for row in rows)}</table>"
-
+# %% ../nbs/22_comparison.ipynb #f7f09be7
 class Run:
     "What is left of a run: shown in Jupyter as a table and its curves. `FileNotFoundError` where there is none"
     def __init__(self,
@@ -82,9 +59,9 @@ class Run:
         settings = ", ".join(f"{name}={value!r}" for name, (value, _) in changed.items() if name != "checkpoint_dir")
         rows = [["run", self.folder.name], ["settings", settings], *map(list, self.facts().items())]
         if "error" in self.summary: rows.append(["error", self.summary["error"]])
-        return _html_table(rows) + _picture(lambda axes: plot_losses(self.metrics, axes), 5.5, 2.5)
+        return html_table(rows) + html_picture(lambda axes: plot_losses(self.metrics, axes), alt="losses")
 
-# %% ../nbs/22_comparison.ipynb #ee9288c8
+# %% ../nbs/22_comparison.ipynb #2da48653
 class Comparison:
     "Runs side by side: shown in Jupyter as a table and their curves, by exam and from the best to the worst"
     def __init__(self,
@@ -145,9 +122,9 @@ class Comparison:
     def _repr_html_(self) -> str:
         if not self.runs: return "<i>no runs</i>"
         rows = self.rows()
-        pictures = [_picture(lambda axes, k=k: self.plot(k, axes), 5.5, 2.5) for k in range(len(self.exams))]
+        pictures = [html_picture(lambda axes, k=k: self.plot(k, axes), alt="validation losses") for k in range(len(self.exams))]
         words = "" if len(pictures) == 1 else "<p>Losses can be compared within a picture: the runs of another took another exam.</p>"
-        return _html_table([[*row.values()] for row in rows], list(rows[0])) + words + "".join(pictures)
+        return html_table([[*row.values()] for row in rows], list(rows[0])) + words + "".join(pictures)
 
 def compare_runs(
     folder: str | os.PathLike = TrainingConfig.checkpoint_dir,      # Where the runs' folders lie, at any depth

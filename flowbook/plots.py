@@ -6,7 +6,7 @@
 __all__ = ['QUARTERS', 'plot_losses', 'plot_loss_by_time', 'plot_schedule', 'plot_ema_horizon', 'plot_trajectories',
            'plot_velocity']
 
-# %% ../nbs/21_plots.ipynb #3d55771b
+# %% ../nbs/21_plots.ipynb #4ec1a09f
 import math, os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from .scheduler import create_scheduler
 from .tracking import read_metrics
 if TYPE_CHECKING: from matplotlib.axes import Axes      # matplotlib is imported where something is drawn
 
-# %% ../nbs/21_plots.ipynb #50ee1214
+# %% ../nbs/21_plots.ipynb #9a6596b7
 def _new_axes(width: float = 5.5, height: float = 2.5) -> "Axes":
     "Axes in a figure of their own, of so many inches"
     import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ def plot_losses(
 ) -> "Axes":
     "Draw training and validation loss over the steps, with the best validation marked. `FileNotFoundError` when there is no record."
     rows = _rows_of(run)
-    axes = _draw_losses(axes, rows, {"train/loss": ("training", "lightgray"), "val/loss": ("validation", "tab:blue")})
+    axes = _draw_losses(axes, rows, {"train/loss": ("training", "darkgray"), "val/loss": ("validation", "tab:blue")})
     validation = [(row["val/loss"], row["step"]) for row in rows if math.isfinite(row.get("val/loss", math.nan))]
     if validation:
         loss, step = min(validation)
@@ -52,7 +52,7 @@ def plot_losses(
     if axes.lines: axes.legend()
     return axes
 
-# %% ../nbs/21_plots.ipynb #5f54714a
+# %% ../nbs/21_plots.ipynb #96d03181
 QUARTERS = {"first": "tab:blue", "second": "tab:green", "third": "tab:orange", "last": "tab:red"}
 
 def plot_loss_by_time(
@@ -65,7 +65,7 @@ def plot_loss_by_time(
     if axes.lines: axes.legend()
     return axes
 
-# %% ../nbs/21_plots.ipynb #1a583544
+# %% ../nbs/21_plots.ipynb #98d38e7a
 def _planned_steps(config: TrainingConfig, steps_per_epoch: int) -> list[int]:
     "At most a thousand of the steps that are planned, evenly spaced, with the first and the last"
     if steps_per_epoch < 1: raise ValueError(f"steps_per_epoch={steps_per_epoch} is not allowed: it must be at least 1")
@@ -99,7 +99,7 @@ def plot_ema_horizon(
     axes.legend()
     return axes
 
-# %% ../nbs/21_plots.ipynb #69849dda
+# %% ../nbs/21_plots.ipynb #6264d631
 def plot_trajectories(
     ways: Trajectories,             # Of points in the plane, as `TrainedFlow.trajectories` returns them
     axes: "Axes | None" = None,     # Where to draw; None: a new figure
@@ -115,7 +115,7 @@ def plot_trajectories(
     axes.legend(handles=axes.lines[-2:], loc="upper right")
     return axes
 
-# %% ../nbs/21_plots.ipynb #6eb1c88f
+# %% ../nbs/21_plots.ipynb #552846ef
 @torch.no_grad()
 def plot_velocity(
     flow: TrainedFlow,                  # For points in the plane

@@ -38,7 +38,7 @@ from flowbook.runs import Saver, read_summary, sole_use
 from flowbook.sampling import load_flow
 from flowbook.scheduler import create_scheduler
 from flowbook.tracking import WandbTracker, read_metrics
-from flowbook.trainer import FlowTrainer, Learner
+from flowbook.trainer import FlowTrainer, Learner, TrainingInterrupted
 
 SEED = int(os.environ.get("FLOWBOOK_SEED", 0))
 STATES = ("last.pt", "previous.pt", "best.pt")
@@ -644,7 +644,7 @@ def test_a_thread_does_not_listen_for_signals_but_can_be_asked_to_stop(configure
     thread = threading.Thread(target=train)
     thread.start()
     thread.join(60)
-    assert outcome == [KeyboardInterrupt] and seen == [handler] and signal.getsignal(signal.SIGINT) is handler
+    assert outcome == [TrainingInterrupted] and seen == [handler] and signal.getsignal(signal.SIGINT) is handler
     assert read_checkpoint(trainer.folder / "last.pt")["step"] == 10 and read_summary(trainer.folder)["status"] == "interrupted"
     go_on(configured())
     ends_as_unbroken(trainer.folder)
