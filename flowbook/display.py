@@ -90,8 +90,10 @@ def run_picture(
 ) -> bytes:                         # A PNG file, readable on light and dark pages
     "A picture of a run so far: its losses, learning rate and gradient norm, and what `panels` draw"
     from matplotlib.figure import Figure        # Not pyplot: a view must not touch the figures of the person who looks at it
-    figure = Figure((7.2 + 2.6 * len(panels), 2.6), dpi=80, layout="constrained")
-    grid = figure.add_gridspec(2, 2 + len(panels), width_ratios=[4.8, 2.4] + [2.6] * len(panels))
+    width = 7.2 + 2.6 * len(panels)
+    figure = Figure((width, 2.6), dpi=80)
+    grid = figure.add_gridspec(2, 2 + len(panels), width_ratios=[4.8, 2.2] + [2.2] * len(panels), wspace=.28, hspace=.5,
+                              left=.6 / width, right=1 - .1 / width, bottom=.18, top=.9)     # By hand: `layout=` takes as long as all else
     plot_losses(rows, losses := figure.add_subplot(grid[:, 0]))
     for place, (name, title) in enumerate({"train/lr": "learning rate", "train/grad_norm": "gradient norm"}.items()):
         small, points = figure.add_subplot(grid[place, 1]), [(row["step"], row[name]) for row in rows if name in row]
@@ -137,7 +139,8 @@ class LiveView(ProgressLine):
         began = time.monotonic()
         panels = [lambda axes, draw=callback.draw: draw(trainer, axes) for callback in trainer.callbacks if hasattr(callback, "draw")]
         self._picture = shown_in_place(Image(run_picture(read_metrics(trainer.folder), panels), alt="the run so far"), self._picture)
-        self._next_picture = time.monotonic() + self.seldom * (time.monotonic() - began)
+        took, first = time.monotonic() - began, self._next_picture == self._started + 1     # The first one loads matplotlib, too
+        self._next_picture = began + took + (5 if first else self.seldom * took)
 
 def summary_rows(
     summary: dict[str, Any],    # As `FlowTrainer.train` returns it
