@@ -6,7 +6,7 @@
 __all__ = ['DIGEST_MARK', 'FORMAT', 'ENTRIES', 'PARTS', 'seal', 'CheckpointError', 'verified_content', 'check_plain',
            'write_checkpoint', 'read_checkpoint', 'versions', 'checkpoint_state', 'save_checkpoint', 'restore',
            'load_checkpoint', 'check_stats', 'load_checkpoint_with_stats_check', 'run_folder', 'get_checkpoint_path',
-           'inspect_checkpoint']
+           'CheckpointContents', 'inspect_checkpoint']
 
 # %% ../nbs/11_checkpoint.ipynb #bfb14c61
 import copy, hashlib, io, os, platform, re, warnings
@@ -21,6 +21,7 @@ from .device import device_name
 from .early_stopping import EarlyStopping
 from .ema import EMAModel, check_weights_fit
 from .nets import uncompiled
+from .pictures import html_table
 from .sources import holds_its_numbers, load_torch_file
 
 # %% ../nbs/11_checkpoint.ipynb #0070be47
@@ -269,11 +270,21 @@ def get_checkpoint_path(run_name: str, checkpoint_dir: str | os.PathLike = "chec
     return run_folder(run_name, checkpoint_dir) / "best.pt"
 
 # %% ../nbs/11_checkpoint.ipynb #c9926c49
-def inspect_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+class CheckpointContents(dict):
+    "What `inspect_checkpoint` found: a dictionary that Jupyter shows as a table"
+    def _repr_html_(self) -> str:
+        def words(value):
+            if isinstance(value, dict): return ", ".join(f"{name} {words(part)}" for name, part in value.items())
+            return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+        rows = [[name.replace("_", " "), words(value)] for name, value in self.items() if name != "config"]
+        return html_table(rows) + self["config"]._repr_html_()
+
+def inspect_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     "What a checkpoint holds, without building the network: its run, how far it got, its versions, its size"
     state = read_checkpoint(path)
     config = TrainingConfig.from_dict(state["config"])
-    return {"run": config.run_name, "epoch": state["epoch"], "step": state["step"], "best_val_loss": state["best_val_loss"],
-            "model": state["model_spec"] or "a network of your own", "weights": sum(value.numel() for value in state["model"].values()),
-            "holds": [name for name in ("model", "ema", "optimizer", "scheduler", "early_stopping", "stats") if state[name] is not None],
-            "versions": state["versions"], "megabytes": round(Path(path).stat().st_size / 1e6, 3), "config": config}
+    holds = [name for name in ("model", "ema", "optimizer", "scheduler", "early_stopping", "stats") if state[name] is not None]
+    return CheckpointContents(
+        run=config.run_name, epoch=state["epoch"], step=state["step"], best_val_loss=state["best_val_loss"],
+        model=state["model_spec"] or "a network of your own", weights=sum(value.numel() for value in state["model"].values()),
+        holds=holds, versions=state["versions"], megabytes=round(Path(path).stat().st_size / 1e6, 3), config=config)

@@ -21,6 +21,7 @@ from filelock import FileLock
 from torch import Tensor
 from .config import (LIMITS, STATS_FILE, TrainingConfig, atomic_path, make_folder, prepared_sources, split_dataset_name,
                              sync_folder, unknown_name)
+from .pictures import can_be_drawn, html_picture, html_table, plot_samples
 from .randomness import Randomness
 from .sources import (COLLECTIONS, SAMPLERS, check_points, load_points, load_torch_file, memory_bytes, pieces,
                               rows_in_a_piece)
@@ -212,6 +213,25 @@ class PreparedDataset:
         return (f"{self.path}: {self.points} points of shape {self.data_shape} from {self.source}, seed {self.seed} ({counts}), "
                 f"sizes {', '.join(self.sizes)}{'' if self.new else '; it was there already, and nothing was changed'}")
 
+    def _repr_html_(self) -> str:
+        rows = [["data set", self.path], ["made from", f"{self.source}, {self.points:,} points, seed {self.seed}"],
+                ["splits", ", ".join(f"{count:,} {name}" for name, count in self.counts.items())],
+                ["sizes", ", ".join(f"{name} ({count:,})" for name, count in self.sizes.items())]]
+        if not self.new: rows.append(["", "it was there already, and nothing was changed"])
+        folder = Path(self.path)
+        if not (folder/"train.npy").is_file(): return html_table(rows)      # Removed since
+        return _shown(rows, FlowDataset(folder.parent, folder.name, "all"))
+
+def _shown(rows: list[list[str]], dataset: "FlowDataset | EndlessDataset") -> str:
+    "A table, with the statistics of a data set, and some of its points where they have a picture"
+    stats, shape = dataset.stats, dataset.data_shape
+    units = "brought to unit length" if stats.sphere else (f"mean {stats.mean.min():.3g} to {stats.mean.max():.3g}, "
+                                                           f"deviation {stats.std.min():.3g} to {stats.std.max():.3g}")
+    table = html_table([*rows, ["shape of a point", str(shape)], ["statistics", units]])
+    if not can_be_drawn(shape): return table
+    points = dataset.denormalize(dataset[:500 if shape == (2,) else 40])
+    return table + html_picture(lambda axes: plot_samples(points, axes=axes), 2, 2, alt="some of its points")
+
 # %% ../nbs/05_data.ipynb #c41965d0
 def _open_rows(path: Path) -> np.ndarray:
     "A prepared split, mapped into memory rather than read; `ValueError` naming the file when it is anything else"
@@ -402,6 +422,8 @@ class FlowDataset:
     def __getitem__(self, index) -> Tensor: return self._normalized(self._points[index])
     def __repr__(self) -> str:
         return f"FlowDataset({self.name}: {len(self):,} points of shape {self.data_shape}{', in their file' if self.mapped else ''})"
+    def _repr_html_(self) -> str:
+        return _shown([["points", f"{len(self):,}, normalised{', in their file' if self.mapped else ''}"], ["from", self.name]], self)
 
 # %% ../nbs/05_data.ipynb #0f9d8c0a
 class EndlessDataset:
@@ -437,6 +459,8 @@ class EndlessDataset:
     def __len__(self) -> int: return len(self.tensor)
     def __getitem__(self, index) -> Tensor: return self.tensor[index]
     def __repr__(self) -> str: return f"EndlessDataset({self.name}: fresh points of shape {self.data_shape})"
+    def _repr_html_(self) -> str:
+        return _shown([["points", "fresh ones whenever they are asked for, normalised"], ["from", self.name]], self)
 
 # %% ../nbs/05_data.ipynb #e75ac855
 def _sampler_of(data_dir: str | os.PathLike, name: str) -> Callable[[int, torch.Generator], Tensor]:

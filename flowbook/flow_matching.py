@@ -7,7 +7,7 @@ __all__ = ['TIMES', 'FlowSample', 'IndependentCoupling', 'time_like', 'noise_lik
            'StratifiedTime', 'LogitNormalTime', 'GaussianSource', 'SampledSource', 'create_source', 'read_fit', 'Flow']
 
 # %% ../nbs/06_flow_matching.ipynb #2a57416f
-import hashlib, math, os
+import hashlib, inspect, math, os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from .config import TrainingConfig, atomic_path, split_dataset_name, unknown_name
 from .data import FlowDataset, NormalizationStats, fingerprint
+from .pictures import html_picture, html_table
 from .sources import SAMPLERS, load_torch_file
 
 # %% ../nbs/06_flow_matching.ipynb #c76f0397
@@ -253,3 +254,21 @@ class Flow:
     def __repr__(self) -> str:
         parts = [self.coupling, self.path, self.time, *([] if self.source.gaussian else [self.source])]
         return f"Flow({self.name!r}: {' × '.join(map(_spelt, parts))})"
+
+    def _repr_html_(self) -> str:
+        parts = {"coupling": self.coupling, "path": self.path, "times": self.time, "source": self.source}
+        rows = [["flow", self.name], *([name, f"{_spelt(part)}: {inspect.getdoc(part)}"] for name, part in parts.items())]
+        return html_table(rows) + html_picture(self._draw_path, 3.5, 1.8, alt="paths between pairs of numbers")
+
+    def _draw_path(self, axes) -> None:
+        "A dozen pairs of noise and one of two numbers (on the sphere, of points of the circle), and what lies between them"
+        generator, on_sphere = torch.Generator().manual_seed(0), getattr(self.path, "on_sphere", False)
+        x0, x1 = torch.randn(12, 2, generator=generator), torch.tensor([[1.5, 1.], [-1.5, 1.]]).repeat(6, 1)
+        if on_sphere: x0, x1 = (points / points.norm(dim=1, keepdim=True) for points in (x0, x1))
+        else: x0, x1 = x0[:, :1], x1[:, :1]
+        # What is fitted to a data set carries points, and on a line those that are carried keep their order
+        x0, x1 = self.pair(x0, x1, generator) if not hasattr(self.coupling, "fit") else (x0.sort(0).values, x1.sort(0).values)
+        times = self.in_range(torch.linspace(0, 1, 60))
+        ways = [self.path.at(x0, x1, t.repeat(12), torch.Generator().manual_seed(1))[0][:, 0] for t in times]
+        axes.plot(times, torch.stack(ways), color="tab:blue", alpha=.5, linewidth=.8)
+        axes.set(xlabel="t", ylabel="first of two numbers" if on_sphere else "x")

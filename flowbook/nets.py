@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'TimeFeatures', 'ModulatedBlock', 'MLP', 'create_model', 'register_model', 'check_velocity',
-           'trainable_parameters', 'uncompiled']
+           'trainable_parameters', 'uncompiled', 'ModelSummary']
 
 # %% ../nbs/07_nets.ipynb #1e60748e
 import inspect, math
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from .config import unknown_name
+from .pictures import html_table
 
 # %% ../nbs/07_nets.ipynb #69271f72
 class TimeFeatures(nn.Module):
@@ -136,3 +137,34 @@ def trainable_parameters(
 def uncompiled(model: nn.Module) -> nn.Module:
     "The network inside a `torch.compile`d one; any other is returned as it is. They share their weights"
     return getattr(model, "_orig_mod", model)
+
+# %% ../nbs/07_nets.ipynb #f452e261
+class ModelSummary:
+    "The layers of a network and their parameters, as a table"
+    def __init__(self,
+        model: nn.Module,   # Any network
+    ):
+        self.model = uncompiled(model)
+
+    def rows(self) -> list[dict[str, str]]:
+        "For each layer with parameters or buffers of its own: its name, what it is, and how many numbers it has"
+        found = []
+        for name, layer in self.model.named_modules():
+            parameters = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+            buffers = sum(buffer.numel() for buffer in layer.buffers(recurse=False))
+            frozen = parameters and not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+            if parameters or buffers:
+                count = [f"{parameters:,}"] * bool(parameters) + ["frozen"] * bool(frozen) + [f"{buffers:,} not trained"] * bool(buffers)
+                kind = f"{type(layer).__name__}({layer.extra_repr()})"
+                found.append({"layer": name or "itself", "what it is": kind, "parameters": ", ".join(count)})
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return [*found, {"layer": "all", "what it is": type(self.model).__name__, "parameters": f"{total:,}"}]
+
+    def __repr__(self) -> str:
+        rows = [list(row.values()) for row in self.rows()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        rows = self.rows()
+        return html_table([list(row.values()) for row in rows], list(rows[0]))
