@@ -25,8 +25,6 @@ def text(html):
     return " ".join(re.sub("<[^>]+>", " ", html).split())
 
 
-
-
 @pytest.fixture
 def shown(monkeypatch):
     """Everything that is shown in place: kind of thing, and whether it is new or takes the place of an earlier one."""
