@@ -43,10 +43,11 @@ def plot_samples(
     axes: "Axes | None" = None,     # Where to draw; None: a new figure
 ) -> "Axes":
     "Draw samples: images as a grid, points in the plane as dots over the data. `ValueError` for other shapes."
-    import matplotlib.pyplot as plt
     if not can_be_drawn(samples.shape[1:]):
         raise ValueError(f"samples of shape {tuple(samples.shape[1:])} have no picture: only (2,) and (1 or 3, height, width) have")
-    if axes is None: axes = plt.figure(figsize=(4, 4), dpi=72).gca()
+    if axes is None:
+        import matplotlib.pyplot as plt     # Only here: a view that brings its own axes does without
+        axes = plt.figure(figsize=(4, 4), dpi=72).gca()
     samples = samples.detach().cpu()
     if samples.ndim == 2:
         if data is not None: axes.plot(*data.detach().cpu().T, ".", markersize=2, color="lightgray", label="data")
