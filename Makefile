@@ -39,11 +39,12 @@ book: .venv/book ## make an HTML book of the notebooks as they are stored: book/
 torture: .venv/dev ## kill a run a hundred times at random moments; it must end as if nothing had been
 	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
 
-bench: .venv/peers ## measure what a step costs beside other trainers, starting, saving and pairing (benchmarks/results/)
+bench: .venv/peers ## measure what a step costs beside other trainers, starting, saving, pairing and watching (benchmarks/results/)
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/pairing.py
+	$(BIN)/python benchmarks/view.py
 
 # ARGS are the script's own, as in `make reproduce ARGS="otcfm --seeds 0 1 2"`.
 reproduce: .venv/dev ## run a published table again, seed by seed; goes on where it was stopped (benchmarks/results/c2ot.json)

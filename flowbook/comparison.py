@@ -10,7 +10,7 @@ import math, os, re, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .config import TrainingConfig, split_dataset_name
-from .pictures import duration, html_picture, html_table
+from .pictures import duration, html_picture, html_table, new_axes, text_table
 from .plots import plot_losses
 from .runs import METRICS_FILE, read_summary
 from .tracking import CONFIG_FILE, read_metrics
@@ -101,9 +101,7 @@ class Comparison:
     ) -> "Axes":
         "Draw the validation losses of the runs that took one exam. `IndexError` when there are fewer exams."
         if not 0 <= exam < len(self.exams): raise IndexError(f"exam={exam}: these runs took {len(self.exams)} exams, counted from 0")
-        if axes is None:
-            import matplotlib.pyplot as plt
-            axes = plt.figure(figsize=(6, 3), dpi=72, layout="constrained").gca()
+        axes = axes or new_axes(6, 3)
         for run in self.exams[exam]:
             points = [(row["step"], row["val/loss"]) for row in run.metrics if "val/loss" in row]
             line, = axes.plot(*(zip(*points) if points else ([], [])), label=self.name(run))
@@ -115,9 +113,7 @@ class Comparison:
     def __repr__(self) -> str:
         if not self.runs: return "no runs"
         rows = self.rows()
-        lines = [list(rows[0]), *([*row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        return text_table([[*row.values()] for row in rows], list(rows[0]))
 
     def _repr_html_(self) -> str:
         if not self.runs: return "<i>no runs</i>"

@@ -10,6 +10,7 @@ __all__ = ['TIMES', 'FlowSample', 'IndependentCoupling', 'time_like', 'noise_lik
 import hashlib, inspect, math, os
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -258,7 +259,10 @@ class Flow:
     def _repr_html_(self) -> str:
         parts = {"coupling": self.coupling, "path": self.path, "times": self.time, "source": self.source}
         rows = [["flow", self.name], *([name, f"{_spelt(part)}: {inspect.getdoc(part)}"] for name, part in parts.items())]
-        return html_table(rows) + html_picture(self._draw_path, 3.5, 1.8, alt="paths between pairs of numbers")
+        try: picture = html_picture(self._draw_path, 3.5, 1.8, alt="paths between pairs of numbers")
+        except Exception as error:      # A part of the user's own, which can't take single numbers
+            picture = f"<p>It has no picture: {escape(f'{type(error).__name__}: {error}')}</p>"
+        return html_table(rows) + picture
 
     def _draw_path(self, axes) -> None:
         "A dozen pairs of noise and one of two numbers (on the sphere, of points of the circle), and what lies between them"

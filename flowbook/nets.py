@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from .config import unknown_name
-from .pictures import html_table
+from .pictures import html_table, text_table
 
 # %% ../nbs/07_nets.ipynb #69271f72
 class TimeFeatures(nn.Module):
@@ -161,9 +161,8 @@ class ModelSummary:
         return [*found, {"layer": "all", "what it is": type(self.model).__name__, "parameters": f"{total:,}"}]
 
     def __repr__(self) -> str:
-        rows = [list(row.values()) for row in self.rows()]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        rows = self.rows()
+        return text_table([list(row.values()) for row in rows], list(rows[0]))
 
     def _repr_html_(self) -> str:
         rows = self.rows()

@@ -13,28 +13,26 @@ from typing import TYPE_CHECKING
 import torch
 from .config import TrainingConfig
 from .ema import ema_decay_at
+from .pictures import new_axes
 from .sampling import TrainedFlow, Trajectories
 from .scheduler import create_scheduler
 from .tracking import read_metrics
 if TYPE_CHECKING: from matplotlib.axes import Axes      # matplotlib is imported where something is drawn
 
 # %% ../nbs/21_plots.ipynb #9a6596b7
-def _new_axes(width: float = 5.5, height: float = 2.5) -> "Axes":
-    "Axes in a figure of their own, of so many inches"
-    import matplotlib.pyplot as plt
-    return plt.figure(figsize=(width, height), dpi=72, layout="constrained").gca()
-
 def _rows_of(run: str | os.PathLike | list[dict]) -> list[dict]: return run if isinstance(run, list) else read_metrics(run)
 
 def _draw_losses(axes: "Axes | None", rows: list[dict], curves: dict[str, tuple[str, str]]) -> "Axes":
     "Columns of a record over the steps: name of the column -> label and colour"
-    axes, values = axes or _new_axes(), []
+    axes, values = axes or new_axes(), []
     for name, (label, color) in curves.items():
         points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
         if points: axes.plot(*zip(*points), color=color, label=label, marker="." if len(points) == 1 else None)
         values += [value for _, value in points]
     axes.set(xlabel="step", ylabel="loss")
-    if values and 0 < 10 * min(values) < max(values): axes.set_yscale("log")
+    if values and 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")     # 0.1 and not 10⁻¹; and typesetting a power takes a fifth of the whole drawing
     if not values: axes.text(.5, .5, "none of these losses has been recorded yet", ha="center", transform=axes.transAxes)
     return axes
 
@@ -78,7 +76,7 @@ def plot_schedule(
     axes: "Axes | None" = None,     # Where to draw; None: a new figure
 ) -> "Axes":
     "Draw the learning rate over the steps that a configuration plans"
-    steps, axes = _planned_steps(config, steps_per_epoch), axes or _new_axes(height=2)
+    steps, axes = _planned_steps(config, steps_per_epoch), axes or new_axes(height=2)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     factor, = create_scheduler(config.schedule, optimizer, config.warmup_steps, config.epochs * steps_per_epoch).lr_lambdas
     axes.plot(steps, [config.lr * factor(step) for step in steps], color="tab:blue")
@@ -91,7 +89,7 @@ def plot_ema_horizon(
     axes: "Axes | None" = None,     # Where to draw; None: a new figure
 ) -> "Axes":
     "Draw how many steps the averaged weights look back on, 1/(1 - decay), beside how many there have been"
-    steps, axes = _planned_steps(config, steps_per_epoch), axes or _new_axes(height=2)
+    steps, axes = _planned_steps(config, steps_per_epoch), axes or new_axes(height=2)
     axes.plot(steps, [step + 1 for step in steps], "--", color="silver", label="steps made")
     horizon = [1 / (1 - ema_decay_at(step, config.ema_decay, config.ema_warmup)) for step in steps]
     axes.plot(steps, horizon, color="tab:blue", label="in the average")
@@ -107,7 +105,7 @@ def plot_trajectories(
     "Draw the ways of points from where they start (grey) to where they end (blue). `ValueError` for points that are not in the plane."
     if ways.x.shape[2:] != (2,):
         raise ValueError(f"the points have the shape {tuple(ways.x.shape[2:])}: only ways in the plane, (2,), can be drawn")
-    axes, x = axes or _new_axes(3.5, 3.5), ways.x.detach().cpu()
+    axes, x = axes or new_axes(3.5, 3.5), ways.x.detach().cpu()
     axes.plot(*x.permute(2, 0, 1), color="tab:blue", alpha=.4, linewidth=.7)
     axes.plot(*x[0].T, ".", markersize=3, color="gray", label="start")
     axes.plot(*x[-1].T, ".", markersize=4, color="tab:blue", label="end")
@@ -125,14 +123,15 @@ def plot_velocity(
     arrows: int = 10,                   # Arrows in a row, at least 2
 ) -> "Sequence[Axes]":
     "Draw the velocities at some times as arrows, with points on their way behind them. `ValueError` for data that is not in the plane."
-    import matplotlib.pyplot as plt
     if flow.data_shape != (2,) or flow.stats.sphere:
         where = "lie on a circle" if flow.stats.sphere else f"have the shape {flow.data_shape}"
         raise ValueError(f"the flow's points {where}: only a field in the plane, (2,), can be drawn")
     times = [float(time) for time in times]
     if not times or times != sorted(times) or not 0 <= times[0] <= times[-1] <= 1:
         raise ValueError(f"times={times} is not allowed: they must be in order, and lie between 0 and 1")
-    if axes is None: axes = plt.subplots(1, len(times), figsize=(1.8 * len(times), 2), dpi=72, layout="constrained", squeeze=False)[1][0]
+    if axes is None:
+        import matplotlib.pyplot as plt
+        axes = plt.subplots(1, len(times), figsize=(1.8 * len(times), 2), dpi=72, layout="constrained", squeeze=False)[1][0]
     stats, every = flow.stats, torch.tensor(sorted({0., *times, 1.}))
     ways = dict(zip(every.tolist(), flow.trajectories(n, every, generator=torch.Generator().manual_seed(0)).x.cpu()))
     seen = torch.cat([*ways.values()])

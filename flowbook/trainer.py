@@ -50,7 +50,7 @@ class FlowTrainer(Learner):
         wandb_project: str | None = "flowbook",     # Project on Weights & Biases; None: only the local record
         resume_path: str | os.PathLike | None = None,   # "auto": go on with the newest state; a path: with that one
         overwrite: bool = False,                    # Start anew although a run is there; it is moved aside
-        callbacks: tuple = (),                      # With some of on_train_start, on_step, on_epoch, on_train_end, draw
+        callbacks: tuple = (),                      # With any of on_train_start, on_step, on_epoch, on_train_end, on_already_finished, draw
         live_view: bool = True,                     # In a notebook, show the run while it trains; False: a line
     ):
         self.folder, self.wandb_project = run_folder(config.run_name, config.checkpoint_dir), wandb_project
@@ -214,8 +214,11 @@ class FlowTrainer(Learner):
         print(f"The run {self.config.run_name} is finished: {summary['stop_reason']}. "
               "To train longer, ask for more epochs")
         saved = self._start is None or self._start.path == self.folder / "last.pt" and not self._start.in_the_way
-        if saved and written.get("status") == self.status: return summary | {"seconds": written.get("seconds", self.seconds)}
-        with sole_use(self.folder): return self._run()
+        if not saved or written.get("status") != self.status:
+            with sole_use(self.folder): return self._run()
+        summary["seconds"] = written.get("seconds", self.seconds)
+        self._call("on_already_finished", summary)
+        return summary
 
     @property
     def seconds(self) -> float:

@@ -182,13 +182,14 @@ def pictures(cell):
     return [image.evaluate("async image => { await image.decode(); return image.src }") for image in images.all()]
 
 
-def assert_picture_changes(cell, times=2):
-    """While the cell runs, it shows one picture, and another one in the same place."""
-    changed = "([cell, before]) => [...cell.querySelectorAll('.jp-OutputArea img')].some(image => image.src !== before)"
+def assert_curves_grow(cell, times=3):
+    """While the cell runs, its three plots are drawn anew, each time in the same place, with a training loss of more points."""
+    lengths = "cell => [...cell.querySelectorAll('.jp-OutputArea svg polyline')].map(line => line.getAttribute('points').split(' ').length)"
+    grown = f"([cell, before]) => ({lengths})(cell)[0] > before"
     for _ in range(times):
-        before = outputs(cell).locator("img").get_attribute("src")
-        cell.page.wait_for_function(changed, arg=[cell.element_handle(), before])
-    expect(outputs(cell).locator("img")).to_have_count(1)
+        before = cell.evaluate(lengths)
+        cell.page.wait_for_function(grown, arg=[cell.element_handle(), before[0] if before else 0])
+    expect(outputs(cell).locator("svg")).to_have_count(3)
     expect(cell.locator(".jp-InputPrompt")).to_have_text("[*]:")
 
 
@@ -220,7 +221,8 @@ def test_the_first_tutorial_is_run_watched_saved_and_found_again(lab, opened):
         run_all(page)
         cells.nth(training).scroll_into_view_if_needed()        # JupyterLab has gone to the last cell
         assert_line_moves(cells.nth(training))
-        assert_picture_changes(cells.nth(training))
+        assert_curves_grow(cells.nth(training))
+        assert len(pictures(cells.nth(training))) == 1          # Samples, of a network that has just begun to learn
         wait_until_run(cells.nth(code[-1]))
         assert page.locator(ERROR).all_text_contents() == []
         assert_last_picture_and_table(cells.nth(training))
@@ -319,7 +321,9 @@ def test_each_training_is_shown_in_its_own_cell(opened, written, tmp_path):
         assert_last_picture_and_table(second)
         of_second = shown(second)
         assert shown(first) == of_first and of_second[1] != of_first[1]
-        run(page, 2)
+        run(page, 2)        # It is finished: its end is shown again
         expect(outputs(first)).to_contain_text(["The run mlp-icfm-moons-all-none is finished"])
-        assert shown(second) == of_second
+        wait_until_run(first)
+        assert_last_picture_and_table(first)
+        assert (pictures(first), shown(second)) == (of_first[1], of_second)
         assert page.locator(ERROR).all_text_contents() == []

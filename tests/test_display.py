@@ -1,7 +1,10 @@
 """What objects and trainings show of themselves in a notebook, without one."""
 
+import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import pytest
@@ -10,12 +13,12 @@ from matplotlib.figure import Figure
 
 from flowbook.checkpoint import inspect_checkpoint
 from flowbook.data import EndlessDataset, FlowDataset, prepare_dataset
-from flowbook.display import DrawSamples, LiveView, ProgressLine, run_picture
+from flowbook.display import Curve, DrawSamples, LiveView, ProgressLine, run_picture, svg_curves
 from flowbook.flows import FLOWS, create_flow
 from flowbook.nets import ModelSummary, create_model
 from flowbook.sources import SAMPLERS
 from flowbook.tracking import read_metrics
-from flowbook.trainer import TrainingInterrupted
+from flowbook.trainer import FlowTrainer, TrainingInterrupted
 
 from conftest import PressCtrlC, assert_same, training_state
 
@@ -80,17 +83,83 @@ def test_a_checkpoint_is_a_dictionary_and_a_table(trained_run):
     assert "run mlp-icfm-moons-all-none" in page and "best val loss" in page and "TrainingConfig" in page
 
 
-def test_a_view_is_two_displays_and_changes_nothing(configured, new_trainer, tmp_path, shown):
+@pytest.fixture
+def generous(monkeypatch):
+    """A view that shows everything in every step."""
+    monkeypatch.setattr(LiveView, "interval", 0)
+    monkeypatch.setattr(LiveView, "picture_is_due", lambda self, trainer: True)
+
+
+def test_a_view_is_two_displays_and_changes_nothing(configured, new_trainer, tmp_path, shown, generous, recwarn):
     plain = new_trainer(configured())
     plain.train()
     watched = new_trainer(configured(checkpoint_dir=str(tmp_path / "watched")), callbacks=[DrawSamples(every=1)])
-    watched.callbacks[0] = view = LiveView()
-    view.interval = view.seldom = 0     # In every step
+    watched.callbacks[0] = LiveView()
     watched.train()
     assert_same(*(training_state(trainer._state()) for trainer in (plain, watched)))
-    kinds = [type(thing).__name__ for thing, new in shown if new]
-    assert sorted(kinds) == ["HTML", "Image"]       # All others take their places
-    assert len(shown) > 28 and "best validation loss" in text(shown[-2][0].data) and not plt.get_fignums()
+    assert [type(thing).__name__ for thing, new in shown] == ["HTML", "Image"] * (28 + 1)
+    assert [new for _, new in shown] == [True] * 2 + [False] * 56       # All others take the places of the first two
+    assert "best validation loss" in text(shown[-2][0].data) and not plt.get_fignums() and not recwarn.list
+
+
+def test_the_curves_grow_with_the_record(configured, new_trainer, shown, generous):
+    trainer = new_trainer(configured(log_every=1))
+    trainer.callbacks[0] = LiveView()
+    trainer.train()
+    pages = [thing.data for thing, _ in shown if type(thing).__name__ == "HTML"][:-1]       # The last one is the table
+    lengths = [[len(points.split()) for points in re.findall("points='([^']*)'", page)] for page in pages]
+    assert [training for training, *_ in lengths] == list(range(1, 29))
+    assert [validation for _, validation, *_ in lengths] == [max(0, step - 1) // 7 for step in range(1, 29)]
+
+
+def test_curves_that_are_long_flat_or_empty():
+    curve, flat = Curve(), Curve()
+    for step in range(10_001):
+        curve.add(step, math.sin(step / 1000))
+        flat.add(step, 0.5)
+    gaps = {later - earlier for (earlier, _), (later, _) in zip(curve.points, curve.points[1:])}
+    assert len(gaps) == 1 and 200 <= len(curve.points) <= 400 and curve.points[0] == (0, 0) and curve.lowest[0] == 4712
+    for points in (curve.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []):
+        picture = svg_curves({("a < b", "gray"): points}, mark=points[-1] if points else None)
+        assert ElementTree.fromstring(picture.replace("&ensp;", "")).tag == "svg" and "nan" not in picture
+        places = [tuple(map(float, place.split(","))) for place in re.search("points='([^']*)'", picture)[1].split()]
+        assert all(50 <= x <= 415 and 18 <= y <= 112 for x, y in places)
+
+
+def test_a_panel_that_fails_is_left_out_and_stops_nothing(configured, new_trainer, shown, generous):
+    class Broken:
+        def draw(self, trainer, axes): axes.set_title("$")     # Fails when the letters are set, and not before
+
+    class Worse:
+        def draw(self, trainer, axes): raise ZeroDivisionError("no \u221e")
+
+    trainer = new_trainer(configured(), callbacks=[Broken(), Worse(), DrawSamples()])
+    trainer.callbacks[0] = LiveView()
+    with pytest.warns(UserWarning, match="the panels of the live view could not be drawn: ZeroDivisionError: no \u221e"):
+        assert trainer.train()["status"] == "finished"
+    assert shown[-1][0].data[:4] == b"\x89PNG"
+
+
+def test_trainings_in_two_threads_have_a_view_each(configured, new_trainer, tmp_path, shown, generous):
+    alone = new_trainer(configured())
+    alone.train()
+    trainers = [new_trainer(configured(checkpoint_dir=str(tmp_path / name)), callbacks=[DrawSamples(every=1)]) for name in "ab"]
+    for trainer in trainers: trainer.callbacks[0] = LiveView()
+    with ThreadPoolExecutor(2) as threads: summaries = list(threads.map(FlowTrainer.train, trainers))
+    assert [summary["status"] for summary in summaries] == ["finished"] * 2 and [new for _, new in shown].count(True) == 4
+    for trainer in trainers: assert_same(*(training_state(each._state()) for each in (alone, trainer)))
+
+
+def test_a_finished_run_shows_its_end_again(configured, new_trainer, shown, capsys):
+    for options in ({}, {"resume_path": "auto"}):
+        trainer = new_trainer(configured(), callbacks=[DrawSamples()], **options)
+        trainer.callbacks[0] = LiveView()
+        trainer.train()
+        end = [(type(thing).__name__, thing.data) for thing, _ in shown[-2:]]
+        shown.clear()
+        trainer.train()
+        assert [(type(thing).__name__, thing.data) for thing, _ in shown] == end and [new for _, new in shown] == [True] * 2
+    assert "The run mlp-icfm-moons-all-none is finished" in capsys.readouterr().out
 
 
 def test_a_view_that_is_stopped_says_so_and_the_error_how_to_go_on(configured, new_trainer, shown):
@@ -112,8 +181,7 @@ def test_a_trainer_outside_a_notebook_shows_a_line(configured, new_trainer):
 def test_points_without_a_picture_are_said_and_stop_nothing(shape):
     dataset = FlowDataset.from_tensor(torch.randn(20, *shape))
     samples, axes = DrawSamples(), Figure().subplots()
-    samples.on_train_start(SimpleNamespace(train_dataset=dataset))
-    samples.draw(SimpleNamespace(), axes)
+    samples.draw(SimpleNamespace(train_dataset=dataset), axes)
     assert f"points of shape\n{shape}" in axes.texts[0].get_text()
 
 
