@@ -99,15 +99,16 @@ class Comparison:
         exam: int = 0,                  # Which of `exams`
         axes: "Axes | None" = None,     # Where to draw; None: a new figure
     ) -> "Axes":
-        "Draw the validation losses of the runs that took one exam. `IndexError` when there are fewer exams."
+        "Draw the validation losses of the runs that took one exam, the ten best by name. `IndexError` when there are fewer exams."
         if not 0 <= exam < len(self.exams): raise IndexError(f"exam={exam}: these runs took {len(self.exams)} exams, counted from 0")
-        axes = axes or new_axes(6, 3)
-        for run in self.exams[exam]:
+        axes = axes or new_axes(8, 3)
+        for place, run in enumerate(self.exams[exam]):
             points = [(row["step"], row["val/loss"]) for row in run.metrics if "val/loss" in row]
-            line, = axes.plot(*(zip(*points) if points else ([], [])), label=self.name(run))
-            if run.best: axes.plot(run.best["step"], run.best["val/loss"], "o", color=line.get_color())
+            look = {"label": self.name(run)} if place < 10 else {"color": "lightgray", "zorder": 1}     # matplotlib has ten colours
+            line, = axes.plot(*(zip(*points) if points else ([], [])), **look)
+            if run.best and place < 10: axes.plot(run.best["step"], run.best["val/loss"], "o", color=line.get_color())
         axes.set(xlabel="step", ylabel="validation loss")
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, .5))
         return axes
 
     def __repr__(self) -> str:
@@ -118,7 +119,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         if not self.runs: return "<i>no runs</i>"
         rows = self.rows()
-        pictures = [html_picture(lambda axes, k=k: self.plot(k, axes), alt="validation losses") for k in range(len(self.exams))]
+        pictures = [html_picture(lambda axes, k=k: self.plot(k, axes), 8, alt="validation losses") for k in range(len(self.exams))]
         words = "" if len(pictures) == 1 else "<p>Losses can be compared within a picture: the runs of another took another exam.</p>"
         return html_table([[*row.values()] for row in rows], list(rows[0])) + words + "".join(pictures)
 

@@ -59,7 +59,9 @@ def plot_samples(
         axes.set_aspect("equal")
         if data is not None: axes.legend(loc="upper right", markerscale=4)
     else:
-        axes.imshow(image_grid(samples, like=None if data is None else data.detach().cpu()), cmap="gray_r", vmin=0, vmax=1)
+        sheet = image_grid(samples, like=None if data is None else data.detach().cpu())
+        smoothing = "nearest" if max(samples.shape[2:]) <= 16 else "auto"       # So few pixels should be seen as what they are
+        axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation=smoothing)
         axes.set_axis_off()
     return axes
 

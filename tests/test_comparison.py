@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from conftest import PressCtrlC
-from flowbook.comparison import Run, compare_runs
+from flowbook.comparison import Comparison, Run, compare_runs
 
 
 @pytest.fixture
@@ -92,3 +92,12 @@ def test_folders_in_folders_and_none_at_all(study, tmp_path):
     assert (nothing.runs, nothing.rows(), nothing.settings, nothing.exams, repr(nothing)) == ([], [], [], [], "no runs")
     assert "no runs" in nothing._repr_html_()
     with pytest.raises(IndexError, match="these runs took 0"): nothing.plot()
+
+
+def test_the_ten_best_of_an_exam_have_a_name_in_the_plot(study):
+    folder, summaries = study
+    run = Run(folder / next(iter(summaries)))
+    axes = Comparison([run] * 12).plot()
+    assert len(axes.get_legend().get_texts()) == 10
+    assert [line.get_color() for line in axes.lines if len(line.get_xdata()) > 1][10:] == ["lightgray"] * 2
+    plt.close(axes.figure)
