@@ -7,12 +7,13 @@ __all__ = ['BLUE', 'progress_line', 'in_notebook', 'ProgressLine', 'shown_in_pla
            'LiveView', 'summary_rows', 'DrawSamples', 'summary_text']
 
 # %% ../nbs/23_display.ipynb #5b632a7f
-import io, json, math, shutil, sys, time, warnings
-from collections.abc import Callable, Sequence
+import io, json, math, shutil, sys, textwrap, time, warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 import torch
-from .pictures import can_be_drawn, duration, html_table, plot_samples, readable_anywhere, text_table
+from .pictures import GREY, can_be_drawn, duration, html_table, plot_samples, readable_anywhere, text_table
 from .plots import plot_losses
 from .runs import METRICS_FILE
 from .sampling import TrainedFlow
@@ -98,7 +99,7 @@ def run_picture(
 ) -> bytes:                             # A PNG file, readable on light and dark pages
     "A picture of a run: its losses, learning rate and gradient norm, and what `panels` draw"
     from matplotlib.figure import Figure        # Not pyplot: a view must not touch the figures of the person who looks at it
-    curves, left = ([], .1) if rows is None else ([4.8, 2.2], .6)
+    curves, left = ([], .5) if rows is None else ([4.8, 2.2], .6)
     width = left + sum(curves) + 2.6 * len(panels)
     figure = Figure((width, 2.6), dpi=80)
     grid = figure.add_gridspec(2, len(curves) + len(panels), width_ratios=curves + [2.2] * len(panels), wspace=.28, hspace=.5,
@@ -109,7 +110,7 @@ def run_picture(
             small, points = figure.add_subplot(grid[place, 1]), [(row["step"], row[name]) for row in rows if name in row]
             if points: small.plot(*zip(*points), color="tab:blue", linewidth=.7)
             small.set_title(title, fontsize="medium")
-            small.set_xticks([] if place == 0 else losses.get_xticks()[1:-1:2], minor=False)
+            small.set_xticks([] if place == 0 else losses.get_xticks()[1:-1:2])
     for column, draw in enumerate(panels, len(curves)): draw(figure.add_subplot(grid[:, column]))
     for axes in figure.axes: readable_anywhere(axes)
     file = io.BytesIO()
@@ -118,24 +119,32 @@ def run_picture(
 
 # %% ../nbs/23_display.ipynb #b8852b96
 class Curve:
-    "A curve of any length in a few hundred points, evenly thinned, and its lowest one"
+    "A curve of any length in a few hundred points, evenly thinned, with its last point and its lowest"
     most = 400      # Points
 
-    def __init__(self): self.points, self.lowest, self._seen, self._every = [], None, 0, 1
+    def __init__(self): self._kept, self.last, self.lowest, self._seen, self._every = [], None, None, 0, 1
 
     def add(self, step: int, value: float) -> None:
         "Add a point to the right of all others"
-        if self.lowest is None or value < self.lowest[1]: self.lowest = step, value
-        if self._seen % self._every == 0: self.points.append((step, value))
+        self.last = step, value
+        if self.lowest is None or value < self.lowest[1]: self.lowest = self.last
+        if self._seen % self._every == 0: self._kept.append(self.last)
         self._seen += 1
-        if len(self.points) > self.most: self.points, self._every = self.points[::2], 2 * self._every
+        if len(self._kept) > self.most: self._kept, self._every = self._kept[::2], 2 * self._every
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        "What to draw, from left to right"
+        return sorted({*self._kept, self.lowest, self.last}) if self._kept else []
 
 # %% ../nbs/23_display.ipynb #473559d1
+BLUE = "#1f77b4"    # matplotlib's, for the browser
+
 def svg_curves(
     curves: dict[tuple[str, str], list[tuple[float, float]]],   # (label, colour) -> points (step, value), finite numbers
     width: int = 420,       # Pixels
     height: int = 130,      # Likewise
-    mark: tuple[float, float] | None = None,    # One of the points, that gets a dot in the last curve's colour
+    mark: tuple[float, float] | None = None,    # One of the points: it gets a dot in the last curve's colour
 ) -> str:
     "Curves for a browser to draw; where values span more than a factor of ten, on a logarithmic scale"
     steps, values = zip(*sum(curves.values(), [])) if any(curves.values()) else ((0,), (0.,))
@@ -145,53 +154,56 @@ def svg_curves(
     def at(step, value): return f"{across(step):.1f}", f"{up(scale(value)):.1f}"
     def line(points, color):
         return f"<polyline fill='none' stroke='{color}' stroke-width='1.3' points='{' '.join(','.join(at(*point)) for point in points)}'/>"
-    def text(x, y, words, anchor="end"): return f"<text x='{x}' y='{y}' text-anchor='{anchor}' fill='currentColor'>{words}</text>"
-    names = "&ensp;".join(f"<tspan fill='{color}'>{escape(label)}</tspan>" for label, color in curves)
-    parts = [*(line(points, color) for (_, color), points in curves.items()), text(width - 5, 11, names),
-             text(45, 22, f"{values[1]:.3g}"), text(45, height - 14, f"{values[0]:.3g}"),
-             text(50, height - 3, f"{steps[0]:,}", "start"), text(width - 5, height - 3, f"{steps[1]:,}")]
+    def text(x, y, words, anchor="end"): return f"<text x='{x}' y='{y}' text-anchor='{anchor}' fill='{GREY}'>{words}</text>"
+    names = "\u2002".join(f"<tspan fill='{color}'>{escape(label)}</tspan>" for label, color in curves)
+    parts = [*(line(points, color) for (_, color), points in curves.items()), text(width - 5, 11, names)]
+    if any(curves.values()):
+        parts += [text(45, 22, f"{values[1]:.3g}"), text(45, height - 14, f"{values[0]:.3g}"),
+                  text(50, height - 3, f"{steps[0]:,}", "start"), text(width - 5, height - 3, f"{steps[1]:,}")]
     if mark: parts.append("<circle cx='{}' cy='{}' r='3.5' fill='{}'/>".format(*at(*mark), [*curves][-1][1]))
-    return f"<svg width='{width}' height='{height}' style='max-width:100%;font-size:11px'>{''.join(parts)}</svg>"
+    size = f"width='{width}' height='{height}' style='max-width:100%;font-size:11px'"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {size}>{''.join(parts)}</svg>"
 
 def _ruler(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     "Where on the way from `start` to `end` a number between `low` and `high` lies; in the middle when these are the same"
     return lambda number: start + (end - start) * ((number - low) / (high - low) if high > low else .5)
 
 # %% ../nbs/23_display.ipynb #e8414496
-BLUE = "#1f77b4"    # matplotlib's, for the browser
-
 class LiveView(ProgressLine):
     """A callback of the trainer, for a notebook: progress and growing curves, replaced in place; in the end a table and a picture.
 
-    A callback with a method `draw(trainer, axes)` has a panel, as `DrawSamples` has."""
-    interval = 0.5      # Least seconds between two changes
-    seldom = 150        # Least seconds of training to a second of drawing panels
-    share = 0.015       # Of a training's time, that the view may take
+    A callback with a method `draw(trainer, axes)` has a panel, as `DrawSamples` has. What can't be shown is a warning, and stops no run."""
+    interval = 0.5      # Least seconds between two changes of the curves, which may become more
+    seldom = 200        # Least seconds of training to a second of showing curves, and to a second of drawing panels
+    share = 0.015       # Of a training's time: panels wait when the view has taken more
 
     def __init__(self):
         run_picture([])     # Loads matplotlib, which takes as long as many pictures
 
     def on_train_start(self, trainer) -> None:
         super().on_train_start(trainer)
-        self._record = open(trainer.folder / METRICS_FILE)
+        self.interval, self._record = type(self).interval, None
         self._curves = {name: Curve() for name in ("train/loss", "val/loss", "train/lr", "train/grad_norm")}
         self._picture, self._next_picture = None, self._started + 1
-        self._spent, self._cost = 0.0, 0.1      # Seconds: all so far; a picture's, a guess until there is one
+        self._spent, self._cost = 0.0, 0.1      # Seconds: all so far; of the dearest picture, a guess until there is one
 
     def show(self, trainer, line: str) -> None:
         "Progress and curves, and the panels when they are due"
         from IPython.display import HTML
         began = time.monotonic()
-        self._handle = shown_in_place(HTML(self.progress(trainer, line) + self.curves()), self._handle)
-        if (panels := self.panels(trainer)) and self.picture_is_due(trainer): self.show_picture(None, panels)
+        with _warning_instead():
+            self._handle = shown_in_place(HTML(self.progress(trainer, line) + self.curves(trainer)), self._handle)
+            self.interval = max(type(self).interval, self.seldom * (time.monotonic() - began))
+            if (panels := self.panels(trainer)) and self.picture_is_due(trainer): self.show_picture(None, panels)
         self._spent += time.monotonic() - began
 
     def show_end(self, trainer, line: str, summary: dict[str, Any]) -> None:
         "A table, and a picture"
         from IPython.display import HTML
-        self._record.close()
-        self._handle = shown_in_place(HTML(html_table([list(row) for row in summary_rows(summary).items()])), self._handle)
-        self.show_picture(read_metrics(trainer.folder), self.panels(trainer))
+        if self._record is not None: self._record.close()
+        with _warning_instead():
+            self._handle = shown_in_place(HTML(html_table([list(row) for row in summary_rows(summary).items()])), self._handle)
+            self.show_picture(read_metrics(trainer.folder), self.panels(trainer))
 
     def on_already_finished(self, trainer, summary: dict[str, Any]) -> None:
         "The cell of a finished training is run again: show its end again"
@@ -201,24 +213,35 @@ class LiveView(ProgressLine):
     def progress(self, trainer, line: str) -> str:
         "A bar and numbers, as HTML"
         steps, patience = trainer.config.epochs * trainer.steps_per_epoch, trainer.config.patience
-        numbers = [f"step {trainer.step:,}", f"learning rate {trainer.lr:.2g}", f"gradient norm {trainer.meter.grad_norm:.3g}"]
+        numbers = [f"step {trainer.step:,}", f"learning rate {trainer.lr:.2g}"]
+        if trainer.meter.grad_norm: numbers.append(f"gradient norm {trainer.meter.grad_norm:.3g}")      # 0 until the first row
         if patience: numbers.append(f"patience {patience - trainer.early_stopping.counter} of {patience}")
         bar = f"<progress value='{trainer.step}' max='{steps}' style='width:100%'></progress>"
         return f"{bar}<div>{escape(line)}</div><small>{escape(' · '.join(numbers))}</small>"
 
-    def curves(self) -> str:
+    def curves(self, trainer) -> str:
         "What has been recorded so far, as HTML"
+        if self._record is None: self._record = open(trainer.folder / METRICS_FILE)
         for row in map(json.loads, self._record):       # From where it stopped reading
             for name, curve in self._curves.items():
-                if math.isfinite(row.get(name, math.nan)): curve.add(row["step"], row[name])
+                if (value := row.get(name)) is not None: curve.add(row["step"], value)      # None: it was not finite
         train, validation, rate, norm = self._curves.values()
         losses = {("training", "gray"): train.points, ("validation", BLUE): validation.points}
         small = [svg_curves({(label, BLUE): curve.points}, 200) for label, curve in (("learning rate", rate), ("gradient norm", norm))]
         return f"<div>{svg_curves(losses, mark=validation.lowest)}{''.join(small)}</div>"
 
     def panels(self, trainer) -> list[Callable[["Axes"], object]]:
-        "What the callbacks want to draw"
-        return [lambda axes, draw=callback.draw: draw(trainer, axes) for callback in trainer.callbacks if hasattr(callback, "draw")]
+        "What the callbacks want to draw; each writes its error where its picture should be"
+        def panel(callback):
+            def draw(axes):
+                try: callback.draw(trainer, axes)
+                except Exception as error:
+                    axes.clear()
+                    words = textwrap.fill(f"{type(callback).__name__}: {type(error).__name__}: {error}", 28)
+                    axes.text(.5, .5, words, ha="center", va="center", parse_math=False)
+                    axes.set_axis_off()
+            return draw
+        return [panel(callback) for callback in trainer.callbacks if hasattr(callback, "draw")]
 
     def picture_is_due(self, trainer) -> bool:
         "Is it time for a picture, and can the training pay for it and for the last one, which takes about three times as long?"
@@ -230,24 +253,26 @@ class LiveView(ProgressLine):
         "Show a picture, and decide when the next one may be drawn"
         from IPython.display import Image
         began = time.monotonic()
-        try: picture = run_picture(rows, panels)
-        except Exception as error:
-            if not panels: raise
-            warnings.warn(f"the panels of the live view could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
-            picture = run_picture(rows or [])
-        self._picture = shown_in_place(Image(picture, alt="the run so far"), self._picture)
-        self._cost = time.monotonic() - began
-        self._next_picture = began + (1 + self.seldom) * self._cost
+        try: self._picture = shown_in_place(Image(run_picture(rows, panels), alt="the run so far"), self._picture)
+        finally:
+            took = time.monotonic() - began
+            self._cost, self._next_picture = max(self._cost, took), began + (1 + self.seldom) * took
+
+@contextmanager
+def _warning_instead() -> Iterator[None]:
+    "An error inside the block becomes a warning: what only shows must not stop a run"
+    try: yield
+    except Exception as error: warnings.warn(f"the live view could not be shown: {type(error).__name__}: {error}", stacklevel=4)
 
 def summary_rows(
     summary: dict[str, Any],    # As `FlowTrainer.train` returns it
 ) -> dict[str, str]:
     "What a person wants to know of a run: run, device, epochs, best, time, checkpoint, metrics, picture if there is one"
-    best = f"{summary['best_val_loss']:.4f}" if math.isfinite(summary["best_val_loss"]) else "none yet"
+    validated = math.isfinite(summary["best_val_loss"])
     rows = {"run": summary["run"], "device": summary["device"],
             "epochs": f"{summary['final_epoch']} of at most {summary['epochs']}: {summary['stop_reason']}",
-            "best validation loss": best, "time": duration(summary["seconds"]),
-            "checkpoint": summary["checkpoint_path"], "metrics": summary["metrics_path"]}
+            "best validation loss": f"{summary['best_val_loss']:.4f}" if validated else "none yet", "time": duration(summary["seconds"]),
+            "checkpoint": summary["checkpoint_path"] if validated else "none yet", "metrics": summary["metrics_path"]}
     return rows | ({"picture": summary["picture_path"]} if "picture_path" in summary else {})
 
 # %% ../nbs/23_display.ipynb #b7a71e4f

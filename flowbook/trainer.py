@@ -149,13 +149,16 @@ class FlowTrainer(Learner):
             try: self._saver.save() if self._whole else self._saver.save_best()
             except Exception as error: warnings.warn(f"the newest state could not be saved: {error}", stacklevel=3)
         summary = self._summary(status)
+        cut = None
         try: self._call("on_train_end", summary)
+        except KeyboardInterrupt as stop: cut = stop        # An impatient second stop: the record is closed all the same
         except Exception as error:
             self.record.fail(reason or error, summary)
             raise
         if status == "failed": self.record.fail(reason, summary)
         elif status == "interrupted": self.record.pause(summary)
         else: self.record.finish(summary, summary["checkpoint_path"])
+        if cut is not None and reason is None: raise cut
         return summary
 
     def _close(self) -> None:

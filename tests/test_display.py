@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from flowbook.data import EndlessDataset, FlowDataset, prepare_dataset
 from flowbook.display import Curve, DrawSamples, LiveView, ProgressLine, run_picture, svg_curves
 from flowbook.flows import FLOWS, create_flow
 from flowbook.nets import ModelSummary, create_model
+from flowbook.runs import read_summary
 from flowbook.sources import SAMPLERS
 from flowbook.tracking import read_metrics
 from flowbook.trainer import FlowTrainer, TrainingInterrupted
@@ -87,6 +89,7 @@ def test_a_checkpoint_is_a_dictionary_and_a_table(trained_run):
 def generous(monkeypatch):
     """A view that shows everything in every step."""
     monkeypatch.setattr(LiveView, "interval", 0)
+    monkeypatch.setattr(LiveView, "seldom", 0)
     monkeypatch.setattr(LiveView, "picture_is_due", lambda self, trainer: True)
 
 
@@ -113,31 +116,93 @@ def test_the_curves_grow_with_the_record(configured, new_trainer, shown, generou
 
 
 def test_curves_that_are_long_flat_or_empty():
-    curve, flat = Curve(), Curve()
+    long, flat = Curve(), Curve()
     for step in range(10_001):
-        curve.add(step, math.sin(step / 1000))
+        long.add(step, math.sin(step / 1000))
         flat.add(step, 0.5)
-    gaps = {later - earlier for (earlier, _), (later, _) in zip(curve.points, curve.points[1:])}
-    assert len(gaps) == 1 and 200 <= len(curve.points) <= 400 and curve.points[0] == (0, 0) and curve.lowest[0] == 4712
-    for points in (curve.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []):
-        picture = svg_curves({("a < b", "gray"): points}, mark=points[-1] if points else None)
-        assert ElementTree.fromstring(picture.replace("&ensp;", "")).tag == "svg" and "nan" not in picture
+    gaps = [later - earlier for (earlier, _), (later, _) in zip(long.points, long.points[1:])]
+    assert 200 <= len(long.points) <= 402 and long.points[0] == (0, 0) and long.lowest[0] == 4712 and max(gaps) <= 64
+    assert long.points[-1][0] == 10_000 and long.lowest in long.points and long.points == sorted(long.points)
+    for points in (long.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []):
+        picture = svg_curves({("a < b", "gray"): points}, mark=min(points, key=lambda point: point[1]) if points else None)
+        assert ElementTree.fromstring(picture).tag.endswith("svg") and "nan" not in picture
         places = [tuple(map(float, place.split(","))) for place in re.search("points='([^']*)'", picture)[1].split()]
-        assert all(50 <= x <= 415 and 18 <= y <= 112 for x, y in places)
+        places += [tuple(map(float, place)) for place in re.findall("cx='([^']*)' cy='([^']*)'", picture)]
+        assert len(places) == len(points) + bool(points) and all(50 <= x <= 415 and 18 <= y <= 112 for x, y in places)
 
 
-def test_a_panel_that_fails_is_left_out_and_stops_nothing(configured, new_trainer, shown, generous):
-    class Broken:
-        def draw(self, trainer, axes): axes.set_title("$")     # Fails when the letters are set, and not before
-
-    class Worse:
-        def draw(self, trainer, axes): raise ZeroDivisionError("no \u221e")
-
-    trainer = new_trainer(configured(), callbacks=[Broken(), Worse(), DrawSamples()])
+def test_a_row_without_a_number_is_no_point(configured, new_trainer, shown, generous):
+    trainer = new_trainer(configured(log_every=1, max_skipped_steps=5))
     trainer.callbacks[0] = LiveView()
-    with pytest.warns(UserWarning, match="the panels of the live view could not be drawn: ZeroDivisionError: no \u221e"):
+    trainer.train_dataset.tensor[0] = 1e30      # Once in an epoch, so a row of every epoch has no loss
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*skipped.*|.*left out.*")
         assert trainer.train()["status"] == "finished"
-    assert shown[-1][0].data[:4] == b"\x89PNG"
+    losses = [row["train/loss"] for row in read_metrics(trainer.folder) if "train/loss" in row]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    assert len(losses) == 28 > len(finite)
+    page = [thing.data for thing, _ in shown if "<svg" in str(thing.data)][-1]
+    assert len(re.search("points='([^']*)'", page)[1].split()) == len(finite)
+
+
+def test_a_panel_that_fails_says_so_in_its_place_and_stops_nothing(configured, new_trainer, shown, generous, monkeypatch):
+    class Broken:
+        def draw(self, trainer, axes): raise ZeroDivisionError("no \u221e, and no $")
+
+    drawn = []
+    monkeypatch.setattr("flowbook.display.readable_anywhere", lambda axes: drawn.append([text.get_text() for text in axes.texts]))
+    trainer = new_trainer(configured(), callbacks=[Broken(), DrawSamples()])
+    trainer.callbacks[0] = LiveView()
+    drawn.clear()       # It has drawn an empty picture
+    assert trainer.train()["status"] == "finished"
+    assert drawn[:2] == [["Broken: ZeroDivisionError:\nno \u221e, and no $"], []]
+
+
+def test_a_view_that_fails_is_a_warning_and_stops_nothing(configured, new_trainer, shown, generous, monkeypatch):
+    class Worse:
+        def draw(self, trainer, axes): axes.set_title(r"$\frac$")       # An error when the letters are set, and not before
+
+    trainer = new_trainer(configured(), callbacks=[Worse()])
+    trainer.callbacks[0] = LiveView()
+    monkeypatch.setattr(LiveView, "curves", lambda self, trainer: 1 / 0)
+    with pytest.warns(UserWarning, match="the live view could not be shown") as told: summary = trainer.train()
+    assert summary["status"] == read_summary(trainer.folder)["status"] == "finished"
+    assert {str(warning.message).split(": ")[1] for warning in told} >= {"ZeroDivisionError"}
+    assert "best validation loss" in text(shown[-1][0].data)
+
+
+def test_a_second_stop_while_the_end_is_drawn_leaves_a_closed_record(configured, new_trainer, shown):
+    class Impatient:
+        def on_train_end(self, trainer, summary): raise KeyboardInterrupt
+
+    trainer = new_trainer(configured(), callbacks=[PressCtrlC(10), Impatient()])
+    with pytest.raises(TrainingInterrupted): trainer.train()
+    assert read_summary(trainer.folder)["status"] == "interrupted"
+    trainer = new_trainer(configured(), callbacks=[Impatient()], resume_path="auto")
+    with pytest.raises(KeyboardInterrupt): trainer.train()
+    assert read_summary(trainer.folder)["status"] == "finished"
+
+
+def test_before_the_first_validation_there_is_no_checkpoint(configured, new_trainer, shown):
+    trainer = new_trainer(configured(), callbacks=[PressCtrlC(3)])
+    trainer.callbacks[0] = LiveView()
+    with pytest.raises(TrainingInterrupted): trainer.train()
+    assert "checkpoint none yet" in text(shown[-2][0].data) and not (trainer.folder / "best.pt").exists()
+
+
+def test_a_finished_run_without_a_record_still_has_its_table(configured, new_trainer, shown):
+    trainer = new_trainer(configured())
+    trainer.train()
+    (trainer.folder / "metrics.jsonl").unlink()
+    trainer.callbacks[0] = LiveView()
+    with pytest.warns(UserWarning, match="the live view could not be shown: FileNotFoundError"): trainer.train()
+    assert "all epochs are done" in text(shown[-1][0].data)
+
+
+def test_in_a_notebook_the_view_is_the_default(configured, new_trainer, monkeypatch):
+    monkeypatch.setattr("flowbook.trainer.in_notebook", lambda: True)
+    assert type(new_trainer(configured()).callbacks[0]) is LiveView
+    assert type(new_trainer(configured(), live_view=False).callbacks[0]) is ProgressLine
 
 
 def test_trainings_in_two_threads_have_a_view_each(configured, new_trainer, tmp_path, shown, generous):
