@@ -50,6 +50,18 @@ def test_every_flow_shows_its_parts_and_a_path(trained_run):
     assert not plt.get_fignums()        # A display touches nobody's figures
 
 
+def test_a_path_that_takes_no_single_numbers_is_said():
+    class OnlyImages:
+        "x_t of images"
+        time_range = (0.0, 1.0)
+        def at(self, *arguments): raise ValueError("only <images>")
+
+    flow = create_flow("icfm")
+    flow.path = OnlyImages()
+    page = flow._repr_html_()
+    assert "It has no picture: ValueError: only &lt;images&gt;" in page and "x_t of images" in page
+
+
 def test_data_sets_show_themselves_with_a_picture_where_there_is_one(data_dir, tmp_path):
     prepared = prepare_dataset("moons", data_dir, points=1000)
     assert "700 train, 100 validation, 200 test" in text(prepared._repr_html_()) and "<img" in prepared._repr_html_()
