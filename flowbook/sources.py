@@ -66,14 +66,14 @@ def register_sampler(
     SAMPLERS[name] = draw
 
 # %% ../nbs/04_sources.ipynb #5f104036
-PIECE = 2**26       # Bytes
+PIECE = 2**24       # Bytes
 
 def rows_in_a_piece(points: Tensor) -> int: return max(1, PIECE // (points.element_size() * max(1, points[:1].numel())))
 
 def pieces(
     points: Tensor,         # Shape (n, *data_shape)
 ) -> Iterator[Tensor]:      # Shape (at most n, *data_shape)
-    "The points in pieces of 64 MiB, one after the other, so that those in a file need never be in memory all at once"
+    "The points in pieces of 16 MiB, one after the other, so that those in a file need never be in memory all at once"
     yield from points.split(rows_in_a_piece(points))
 
 def memory_bytes() -> int:
