@@ -411,6 +411,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'flowbook.learner.Learner.data_fingerprint': ( 'learner.html#learner.data_fingerprint',
                                                                                  'flowbook/learner.py'),
                                   'flowbook.learner.Learner.draw': ('learner.html#learner.draw', 'flowbook/learner.py'),
+                                  'flowbook.learner.Learner.exam_fingerprint': ( 'learner.html#learner.exam_fingerprint',
+                                                                                 'flowbook/learner.py'),
                                   'flowbook.learner.Learner.finished': ('learner.html#learner.finished', 'flowbook/learner.py'),
                                   'flowbook.learner.Learner.learn': ('learner.html#learner.learn', 'flowbook/learner.py'),
                                   'flowbook.learner.Learner.read_meter': ('learner.html#learner.read_meter', 'flowbook/learner.py'),
@@ -730,4 +732,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'flowbook.trainer.TrainingInterrupted.__init__': ( 'trainer.html#traininginterrupted.__init__',
                                                                                      'flowbook/trainer.py'),
                                   'flowbook.trainer.TrainingInterrupted._render_traceback_': ( 'trainer.html#traininginterrupted._render_traceback_',
-                                                                                               'flowbook/trainer.py')}}}
+                                                                                               'flowbook/trainer.py'),
+                                  'flowbook.trainer.check_callbacks': ('trainer.html#check_callbacks', 'flowbook/trainer.py')}}}

@@ -39,10 +39,10 @@ class Run:
 
     @property
     def exam(self) -> tuple:
-        "What the validation loss depends on beside the network. Losses of runs with the same one can be compared"
+        "What the validation loss depends on beside network and seed. Losses of runs with the same one can be compared"
         config = self.config
         return config.flow, sorted(config.flow_options.items()), split_dataset_name(config.dataset)[0], config.source, \
-            config.data_dir, config.stats_path
+            self.summary.get("exam")
 
     def facts(self) -> dict[str, str]:
         "Status, steps, best validation loss and time, in words"

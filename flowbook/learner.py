@@ -6,7 +6,7 @@
 __all__ = ['PAIRING_THREADS', 'NotFinite', 'LossMeter', 'TrainingPairs', 'buffer_pairs', 'Learner']
 
 # %% ../nbs/26_learner.ipynb #817cbc79
-import math, os
+import hashlib, math, os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from .capture import CapturedStep
 from .config import TrainingConfig
-from .data import AUGMENTATIONS, BatchLoader, EndlessDataset, FlowDataset, create_augmentation, create_dataloader, data_sets
+from .data import AUGMENTATIONS, BatchLoader, EndlessDataset, FlowDataset, create_augmentation, create_dataloader, data_sets, fingerprint
 from .device import matmul_precision, select_device
 from .early_stopping import EarlyStopping, validation_exam
 from .ema import EMAModel
@@ -362,3 +362,10 @@ class Learner:
     def data_fingerprint(self) -> str:
         "Digests of the training and validation points, and of the source's where it has any"
         return f"{self.train_dataset.fingerprint} {self.val_dataset.fingerprint} {self.flow.source.fingerprint}".rstrip()
+
+    @property
+    def exam_fingerprint(self) -> str:
+        "Digest of what a flow is examined with, whatever the seed: validation points, statistics, and the source's points if it has any"
+        stats = self.val_dataset.stats
+        parts = self.val_dataset.fingerprint, fingerprint(stats.mean), fingerprint(stats.std), self.flow.source.fingerprint
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

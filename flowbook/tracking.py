@@ -101,13 +101,15 @@ class RunRecord(NoRecord):
         step: int | None = None,            # The run goes on after this many steps; None: a new run
         epoch: int | None = None,           # ... in this epoch
         tracker: NoTracker | None = None,   # Is told each row and the summary; dropped when it fails
+        exam: str | None = None,            # What the validation losses are comparable by; a part of the summary from the beginning
     ):
         self.run_dir, self.tracker = Path(run_dir), tracker or NoTracker()
+        self._known = {} if exam is None else {"exam": exam}
         self.wandb_run_id, self.tracked_at = self.tracker.run_id, self.tracker.place
         make_folder(self.run_dir)
         self.undone = rewind_metrics(self.run_dir/METRICS_FILE, step or 0, epoch)
         self._file = open(self.run_dir/METRICS_FILE, "ab", buffering=0)     # unbuffered: a row is one call to the system
-        self._write_summary(this_process())
+        self._write_summary(this_process() | self._known)
 
     def log(self, step: int, epoch: int, **metrics: float) -> None:
         "Append a row; raises `OSError` with the path when it can't be written"
@@ -142,6 +144,7 @@ class RunRecord(NoRecord):
 
     def _close(self, summary: dict[str, Any], checkpoint_path: str | os.PathLike | None = None) -> None:
         if self._file.closed: return
+        summary = summary | self._known
         self._file.close()
         self._write_summary(summary)
         self._tell("close", summary, checkpoint_path)
@@ -264,6 +267,7 @@ def open_record(
     step: int | None = None,            # Resumed after this many steps: rows after it are moved aside; None: a new run
     wandb_run_id: str | None = None,    # The W&B run to go on with
     epoch: int | None = None,           # The epoch to go on in
+    exam: str | None = None,            # What the validation losses are comparable by, for the summary
 ) -> RunRecord:
     "Open the record of a run; `OSError` when its folder can't be written. W&B that is missing or broken costs one warning, never the run"
     make_folder(run_dir)
@@ -278,4 +282,4 @@ def open_record(
                 if mode != "disabled": tracker = WandbTracker(run_dir, config, project, wandb_run_id, mode)
         except Exception as error: message = f"the run goes on without W&B ({_in_one_line(error)}); {METRICS_FILE} has every row"
     if message: _warn(message)
-    return RunRecord(run_dir, step, epoch, tracker)
+    return RunRecord(run_dir, step, epoch, tracker, exam)

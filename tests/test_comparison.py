@@ -6,9 +6,11 @@ import shutil
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from conftest import PressCtrlC
 from flowbook.comparison import Comparison, Run, compare_runs
+from flowbook.data import FlowDataset, prepare_dataset
 
 
 @pytest.fixture
@@ -42,6 +44,23 @@ def test_the_table_says_what_was_trained(study):
     text, html = repr(runs), runs._repr_html_()
     assert all(name in text and name in html for name in rows) and html.count("<img") == 2 and "another exam" in html
     assert not plt.get_fignums()        # A display touches nobody's figures
+
+
+def test_losses_are_comparable_by_the_points_and_not_by_their_name(configured, new_trainer, tmp_path):
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    runs = []
+    for number, (given, seed) in enumerate([(points, 0), (points, 1), (3 * points, 0), (points[:450], 0)]):
+        config = configured(dataset="mine", seed=seed, epochs=1, checkpoint_dir=str(tmp_path / f"by hand {number}"))
+        train = FlowDataset.from_tensor(given[:400])
+        val = FlowDataset.from_tensor(given[400:], train.stats)
+        runs.append(Run(config.checkpoint_dir + f"/{new_trainer(config, train_dataset=train, val_dataset=val).train()['run']}"))
+    assert sorted(sorted(runs.index(run) for run in exam) for exam in Comparison(runs).exams) == [[0, 1], [2], [3]]
+
+    for number in (1, 2):       # The same, prepared twice
+        prepare_dataset("moons", tmp_path / f"data {number}", points=500)
+        config = configured(data_dir=str(tmp_path / f"data {number}"), epochs=1, checkpoint_dir=str(tmp_path / f"prepared {number}"))
+        with pytest.raises(KeyboardInterrupt): new_trainer(config, callbacks=[PressCtrlC(2)]).train()
+    assert len(Comparison([Run(tmp_path / f"prepared {number}" / config.run_name) for number in (1, 2)]).exams) == 1
 
 
 def test_a_run_is_read_as_it_is_shown(study):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import FLOW_CASES, PressCtrlC, assert_same, training_state
-from flowbook.checkpoint import CheckpointError, read_checkpoint
+from flowbook.checkpoint import CheckpointError, read_checkpoint, run_folder
 from flowbook.data import FlowDataset, prepare_dataset
 from flowbook.learner import NotFinite
 from flowbook.nets import create_model
@@ -310,6 +310,22 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(configured, new_tr
     assert read_checkpoint(trainer.folder / "last.pt")["step"] < 4
     with pytest.raises(RuntimeError, match="a step of this trainer was cut short"):
         trainer.train()
+
+
+@pytest.mark.parametrize("callbacks, words", [([print], "has no method that is called"), (PressCtrlC(3), "write callbacks=\\[...\\]"),
+                                              ([PressCtrlC], "write PressCtrlC\\(\\)")])
+def test_callbacks_that_nobody_would_call_are_refused(configured, new_trainer, callbacks, words):
+    with pytest.raises((TypeError, ValueError), match=words): new_trainer(configured(), callbacks=callbacks)
+    assert not run_folder(configured().run_name, configured().checkpoint_dir).exists()
+
+
+def test_a_summary_names_its_exam_while_the_run_is_running(configured, new_trainer):
+    class Look:
+        def on_step(self, trainer): seen.append(read_summary(trainer.folder))
+    seen = []
+    trainer = new_trainer(configured(epochs=1), callbacks=[Look()])
+    trainer.train()
+    assert seen[0]["status"] == "running" and seen[0]["exam"] == read_summary(trainer.folder)["exam"] == trainer.exam_fingerprint
 
 
 def test_a_callbacks_error_is_the_users_and_the_run_says_failed(configured, new_trainer):
