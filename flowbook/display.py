@@ -48,20 +48,26 @@ class ProgressLine:
     interval = 0.25     # Least seconds between two lines
 
     def on_train_start(self, trainer) -> None:
-        self._started, self._first_step, self._shown_at, self._metrics, self._handle = time.monotonic(), trainer.step, 0.0, {}, None
+        self.begin(trainer)
+        self.show_progress(trainer)
+
+    def begin(self, trainer) -> None:
+        "Forget the training before"
+        self._started, self._first_step, self._metrics, self._handle = time.monotonic(), trainer.step, {}, None
 
     def on_step(self, trainer) -> None:
-        now = time.monotonic()
-        if now - self._shown_at < self.interval: return
-        self._shown_at = now
-        left = self.seconds_left(trainer)
+        if time.monotonic() - self._shown_at >= self.interval: self.show_progress(trainer)
+
+    def show_progress(self, trainer) -> None:
+        "How far it is now"
+        self._shown_at, left = time.monotonic(), self.seconds_left(trainer)
         self.show(trainer, progress_line(trainer.epoch, trainer.config.epochs, self._metrics, trainer.best_val_loss, left))
 
     def seconds_left(self, trainer) -> float | None:
         "If all epochs are needed, at the pace so far; None in the first second, which says little"
-        passed = time.monotonic() - self._started
+        passed, made = time.monotonic() - self._started, trainer.step - self._first_step
         steps_left = trainer.config.epochs * trainer.steps_per_epoch - trainer.step
-        return steps_left * passed / (trainer.step - self._first_step) if passed >= 1 else None
+        return steps_left * passed / made if made and passed >= 1 else None
 
     def on_epoch(self, trainer, metrics: dict[str, float]) -> None: self._metrics = metrics
 
@@ -180,8 +186,8 @@ class LiveView(ProgressLine):
     def __init__(self):
         run_picture([])     # Loads matplotlib, which takes as long as many pictures
 
-    def on_train_start(self, trainer) -> None:
-        super().on_train_start(trainer)
+    def begin(self, trainer) -> None:
+        super().begin(trainer)
         self.interval, self._record = type(self).interval, None
         self._curves = {name: Curve() for name in ("train/loss", "val/loss", "train/lr", "train/grad_norm")}
         self._picture, self._next_picture = None, self._started + 1
@@ -207,13 +213,14 @@ class LiveView(ProgressLine):
 
     def on_already_finished(self, trainer, summary: dict[str, Any]) -> None:
         "The cell of a finished training is run again: show its end again"
-        self.on_train_start(trainer)
+        self.begin(trainer)
         self.show_end(trainer, "", summary)
 
     def progress(self, trainer, line: str) -> str:
         "A bar and numbers, as HTML"
         steps, patience = trainer.config.epochs * trainer.steps_per_epoch, trainer.config.patience
-        numbers = [f"step {trainer.step:,}", f"learning rate {trainer.lr:.2g}"]
+        numbers = [f"step {trainer.step:,}"]
+        if trainer.step > self._first_step: numbers.append(f"learning rate {trainer.lr:.2g}")       # The last step's
         if trainer.meter.grad_norm: numbers.append(f"gradient norm {trainer.meter.grad_norm:.3g}")      # 0 until the first row
         if patience: numbers.append(f"patience {patience - trainer.early_stopping.counter} of {patience}")
         bar = f"<progress value='{trainer.step}' max='{steps}' style='width:100%'></progress>"

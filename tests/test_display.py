@@ -112,8 +112,8 @@ def test_a_view_is_two_displays_and_changes_nothing(configured, new_trainer, tmp
     watched.callbacks[0] = LiveView()
     watched.train()
     assert_same(*(training_state(trainer._state()) for trainer in (plain, watched)))
-    assert [type(thing).__name__ for thing, new in shown] == ["HTML", "Image"] * (28 + 1)
-    assert [new for _, new in shown] == [True] * 2 + [False] * 56       # All others take the places of the first two
+    assert [type(thing).__name__ for thing, new in shown] == ["HTML", "Image"] * (1 + 28 + 1)
+    assert [new for _, new in shown] == [True] * 2 + [False] * 58       # All others take the places of those before the first step
     assert "best validation loss" in text(shown[-2][0].data) and not plt.get_fignums() and not recwarn.list
 
 
@@ -123,8 +123,8 @@ def test_the_curves_grow_with_the_record(configured, new_trainer, shown, generou
     trainer.train()
     pages = [thing.data for thing, _ in shown if type(thing).__name__ == "HTML"][:-1]       # The last one is the table
     lengths = [[len(points.split()) for points in re.findall("points='([^']*)'", page)] for page in pages]
-    assert [training for training, *_ in lengths] == list(range(1, 29))
-    assert [validation for _, validation, *_ in lengths] == [max(0, step - 1) // 7 for step in range(1, 29)]
+    assert [training for training, *_ in lengths] == list(range(29))
+    assert [validation for _, validation, *_ in lengths] == [max(0, step - 1) // 7 for step in range(29)]
 
 
 def test_curves_that_are_long_flat_or_empty():
