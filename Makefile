@@ -13,10 +13,10 @@ train: .venv/package ## train a flow of handwritten digits and draw from it; goe
 	$(BIN)/flowbook prepare digits
 	$(BIN)/flowbook train --resume
 
-# One thread each: notebooks run side by side, and threads that wait for a busy processor make small networks ten times slower.
+# One thread each: notebooks and tests run side by side, and threads that wait for a busy processor make small networks ten times slower.
 test: .venv/dev ## run the cells of all notebooks, then pytest's quick tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=4
 
 # ARGS are JupyterLab's own, as in `make lab ARGS="--no-browser --port 9000"`.
 lab: .venv/dev ## open the chapters in JupyterLab
