@@ -31,8 +31,8 @@ class TrainingInterrupted(KeyboardInterrupt):
         step: int,      # Steps made
         whole: bool,    # Between two steps: the trainer can go on
     ):
-        how = "Call train() again to go on from here" if whole else ("The stop came in the middle of a step: a new trainer with "
-                                                                     'resume_path="auto" goes on from the newest state that was saved')
+        how = ('Call train() again to go on from here, or make a new trainer with resume_path="auto"' if whole else
+               'The stop came in the middle of a step: a new trainer with resume_path="auto" goes on from the newest state that was saved')
         super().__init__(f"stopped in epoch {epoch}, after step {step:,}. {how}")
 
     def _render_traceback_(self) -> list[str]: return [f"Training was {self}"]      # IPython asks for it

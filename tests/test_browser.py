@@ -251,7 +251,8 @@ def test_the_first_tutorial_is_run_watched_saved_and_found_again(lab, opened):
         assert {number: pictures(cells.nth(number)) for number in drawn} == drawn
 
 
-STOPPED = re.compile(r"^Training was stopped in epoch \d+, after step [\d,]+\. Call train\(\) again to go on from here\s*$")
+STOPPED = re.compile(r"^Training was stopped in epoch \d+, after step [\d,]+\. Call train\(\) again to go on from here, "
+                     r'or make a new trainer with resume_path="auto"\s*$')
 SETUP = """\
 from flowbook.config import TrainingConfig
 from flowbook.nets import create_model

@@ -244,7 +244,8 @@ def test_a_view_that_is_stopped_says_so_and_the_error_how_to_go_on(configured, n
     trainer.callbacks[0] = LiveView()
     with pytest.raises(TrainingInterrupted) as stopped: trainer.train()
     assert "interrupted in epoch 2" in text(shown[-2][0].data)
-    assert stopped.value._render_traceback_() == ["Training was stopped in epoch 2, after step 10. Call train() again to go on from here"]
+    sentence, = stopped.value._render_traceback_()
+    assert sentence.startswith("Training was stopped in epoch 2, after step 10. Call train() again to go on from here")
     trainer.callbacks.pop()
     trainer.train()
     assert "all epochs are done" in text(shown[-2][0].data) and [new for _, new in shown].count(True) == 4
