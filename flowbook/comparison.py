@@ -39,10 +39,8 @@ class Run:
 
     @property
     def exam(self) -> tuple:
-        "What the validation loss depends on beside network and seed. Losses of runs with the same one can be compared"
-        config = self.config
-        return config.flow, sorted(config.flow_options.items()), split_dataset_name(config.dataset)[0], config.source, \
-            self.summary.get("exam")
+        "What the validation loss depends on beside the network. Losses of runs with the same one can be compared"
+        return self.config.flow, self.summary.get("exam", split_dataset_name(self.config.dataset)[0])
 
     def facts(self) -> dict[str, str]:
         "Status, steps, best validation loss and time, in words"

@@ -60,8 +60,8 @@ class ProgressLine:
 
     def show_progress(self, trainer) -> None:
         "How far it is now"
-        self._shown_at, left = time.monotonic(), self.seconds_left(trainer)
-        self.show(trainer, progress_line(trainer.epoch, trainer.config.epochs, self._metrics, trainer.best_val_loss, left))
+        self._shown_at, left, epochs = time.monotonic(), self.seconds_left(trainer), trainer.config.epochs
+        self.show(trainer, progress_line(min(trainer.epoch, epochs), epochs, self._metrics, trainer.best_val_loss, left))
 
     def seconds_left(self, trainer) -> float | None:
         "If all epochs are needed, at the pace so far; None in the first second, which says little"
@@ -151,18 +151,19 @@ def svg_curves(
     width: int = 420,       # Pixels
     height: int = 130,      # Likewise
     mark: tuple[float, float] | None = None,    # One of the points: it gets a dot in the last curve's colour
+    log: bool = False,      # Where values span more than a factor of ten, a logarithmic scale, and the word for it
 ) -> str:
-    "Curves for a browser to draw; where values span more than a factor of ten, on a logarithmic scale"
+    "Curves for a browser to draw"
     steps, values = zip(*sum(curves.values(), [])) if any(curves.values()) else ((0,), (0.,))
     steps, values = (min(steps), max(steps)), (min(values), max(values))
-    scale = math.log if 0 < 10 * values[0] < values[1] else float
+    scale = math.log if (log := log and 0 < 10 * values[0] < values[1]) else float
     across, up = _ruler(*steps, 50, width - 5), _ruler(*map(scale, values), height - 18, 18)
     def at(step, value): return f"{across(step):.1f}", f"{up(scale(value)):.1f}"
     def line(points, color):
         return f"<polyline fill='none' stroke='{color}' stroke-width='1.3' points='{' '.join(','.join(at(*point)) for point in points)}'/>"
     def text(x, y, words, anchor="end"): return f"<text x='{x}' y='{y}' text-anchor='{anchor}' fill='{GREY}'>{words}</text>"
     names = "\u2002".join(f"<tspan fill='{color}'>{escape(label)}</tspan>" for label, color in curves)
-    parts = [*(line(points, color) for (_, color), points in curves.items()), text(width - 5, 11, names)]
+    parts = [*(line(points, color) for (_, color), points in curves.items()), text(width - 5, 11, names + " (log)" * log)]
     if any(curves.values()):
         parts += [text(45, 22, f"{values[1]:.3g}"), text(45, height - 14, f"{values[0]:.3g}"),
                   text(50, height - 3, f"{steps[0]:,}", "start"), text(width - 5, height - 3, f"{steps[1]:,}")]
@@ -184,7 +185,7 @@ class LiveView(ProgressLine):
     share = 0.015       # Of a training's time: panels wait when the view has taken more
 
     def __init__(self):
-        run_picture([])     # Loads matplotlib, which takes as long as many pictures
+        with _warning_instead(): run_picture([])        # Loads matplotlib, which takes as long as many pictures
 
     def begin(self, trainer) -> None:
         super().begin(trainer)
@@ -198,8 +199,10 @@ class LiveView(ProgressLine):
         from IPython.display import HTML
         began = time.monotonic()
         with _warning_instead():
-            self._handle = shown_in_place(HTML(self.progress(trainer, line) + self.curves(trainer)), self._handle)
-            self.interval = max(type(self).interval, self.seldom * (time.monotonic() - began))
+            self.read_record(trainer)       # All of it when a run goes on, which must not set the pace
+            drawing = time.monotonic()
+            self._handle = shown_in_place(HTML(self.progress(trainer, line) + self.curves()), self._handle)
+            self.interval = max(type(self).interval, self.seldom * (time.monotonic() - drawing))
             if (panels := self.panels(trainer)) and self.picture_is_due(trainer): self.show_picture(None, panels)
         self._spent += time.monotonic() - began
 
@@ -226,16 +229,19 @@ class LiveView(ProgressLine):
         bar = f"<progress value='{trainer.step}' max='{steps}' style='width:100%'></progress>"
         return f"{bar}<div>{escape(line)}</div><small>{escape(' · '.join(numbers))}</small>"
 
-    def curves(self, trainer) -> str:
-        "What has been recorded so far, as HTML"
+    def read_record(self, trainer) -> None:
+        "Take in the rows that are new"
         if self._record is None: self._record = open(trainer.folder / METRICS_FILE)
         for row in map(json.loads, self._record):       # From where it stopped reading
             for name, curve in self._curves.items():
                 if (value := row.get(name)) is not None: curve.add(row["step"], value)      # None: it was not finite
+
+    def curves(self) -> str:
+        "What has been recorded so far, as HTML"
         train, validation, rate, norm = self._curves.values()
         losses = {("training", "gray"): train.points, ("validation", BLUE): validation.points}
         small = [svg_curves({(label, BLUE): curve.points}, 200) for label, curve in (("learning rate", rate), ("gradient norm", norm))]
-        return f"<div>{svg_curves(losses, mark=validation.lowest)}{''.join(small)}</div>"
+        return f"<div>{svg_curves(losses, mark=validation.lowest, log=True)}{''.join(small)}</div>"
 
     def panels(self, trainer) -> list[Callable[["Axes"], object]]:
         "What the callbacks want to draw; each writes its error where its picture should be"

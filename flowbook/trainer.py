@@ -6,7 +6,7 @@
 __all__ = ['EVENTS', 'TrainingInterrupted', 'check_callbacks', 'FlowTrainer']
 
 # %% ../nbs/27_trainer.ipynb #3dfeb3e2
-import math, os, time, warnings
+import inspect, math, os, time, warnings
 from collections.abc import Sequence
 from typing import Any
 from torch import nn
@@ -34,25 +34,32 @@ class TrainingInterrupted(KeyboardInterrupt):
         how = ('Call train() again to go on from here, or make a new trainer with resume_path="auto"' if whole else
                'The stop came in the middle of a step: a new trainer with resume_path="auto" goes on from the newest state that was saved')
         super().__init__(f"stopped in epoch {epoch}, after step {step:,}. {how}")
+        self.epoch, self.step, self.whole = epoch, step, whole
+
+    def __reduce__(self): return type(self), (self.epoch, self.step, self.whole)        # So that it comes out of another process
 
     def _render_traceback_(self) -> list[str]: return [f"Training was {self}"]      # IPython asks for it
 
 # %% ../nbs/27_trainer.ipynb #5d1c70ab
-EVENTS = {"on_train_start": "(trainer)", "on_step": "(trainer)", "on_epoch": "(trainer, metrics)", "on_train_end": "(trainer, summary)",
-          "on_already_finished": "(trainer, summary)", "draw": "(trainer, axes)"}     # `draw` is the live view's
+EVENTS = {"on_train_start": ["trainer"], "on_step": ["trainer"], "on_epoch": ["trainer", "metrics"], "on_train_end": ["trainer", "summary"],
+          "on_already_finished": ["trainer", "summary"], "draw": ["trainer", "axes"]}       # `draw` is the live view's
 
 def check_callbacks(
     callbacks: Sequence,    # For a trainer
 ) -> None:
-    "`TypeError` or `ValueError` for what would fail or be ignored: no sequence, a class, an object without a method to call"
+    "`TypeError` or `ValueError` for what would fail or be ignored: no sequence, a class, no method to call, or one with other arguments"
     if not isinstance(callbacks, Sequence): raise TypeError(f"callbacks={callbacks!r} is no list or tuple: write callbacks=[...]")
-    known = ", ".join(name + arguments for name, arguments in EVENTS.items())
+    calls = {name: f"{name}({', '.join(arguments)})" for name, arguments in EVENTS.items()}
     for callback in callbacks:
         if isinstance(callback, type): raise TypeError(f"the callback {callback.__name__} is a class: write {callback.__name__}()")
-        names = {name for name in dir(callback) if name in EVENTS or name.startswith("on_")}
-        if unknown := sorted(names - EVENTS.keys()):
-            raise ValueError(f"{type(callback).__name__}.{unknown[0]} would never be called. Methods that are: {known}")
-        if not names: raise ValueError(f"the callback {callback!r} has no method that is called. Such methods are: {known}")
+        for name in vars(type(callback)):       # Its own: what it inherits may be for others
+            if name.startswith("on_") and name not in EVENTS:
+                raise ValueError(f"{type(callback).__name__}.{name} would never be called. Methods that are: {', '.join(calls.values())}")
+        if not (there := [name for name in EVENTS if hasattr(callback, name)]):
+            raise ValueError(f"the callback {callback!r} has no method that is called. Such methods are: {', '.join(calls.values())}")
+        for name in there:
+            try: inspect.signature(getattr(callback, name)).bind(*EVENTS[name])
+            except TypeError as error: raise TypeError(f"{type(callback).__name__} can't be called as {calls[name]}: {error}") from None
 
 # %% ../nbs/27_trainer.ipynb #1fe3575a
 class FlowTrainer(Learner):
@@ -91,7 +98,7 @@ class FlowTrainer(Learner):
     def train(self) -> dict[str, Any]:
         """Train to the last epoch or until patience runs out; returns the summary. A stop, or an error between two steps, saves first.
 
-        `TrainingInterrupted`, a `KeyboardInterrupt`, after Ctrl-C or the stop button."""
+        `TrainingInterrupted`, a `KeyboardInterrupt`, after Ctrl-C or the stop button while it trains."""
         if not self._whole: raise RuntimeError("a step of this trainer was cut short or went wrong, so its weights can't be "
                                                'trusted: make a new one with resume_path="auto"')
         if self.finished and self._seen: return self._report_finished()
@@ -154,6 +161,7 @@ class FlowTrainer(Learner):
             raise FileExistsError(f"another trainer has saved to {self.folder} since this one was made: "
                                   'make a new one, with resume_path="auto" to go on from there')
         elif self._start is not None: self._start.clear_way(self.folder)
+        self._seen = states_there(self.folder)
         self._overwrite, self._start = False, None
         make_folder(self.folder)
         self.flow.write_fit(self._kept_fit)     # Before the record is opened: a full disk leaves nothing that looks like a run
@@ -163,15 +171,17 @@ class FlowTrainer(Learner):
         self._saver, self._started = Saver(self.folder, self._state, self.record.sync), time.monotonic()
 
     def _end(self, status: str, reason: BaseException | None = None) -> dict[str, Any]:
-        "Save what there is to save, tell the callbacks and close the record; returns the summary"
+        "Save what there is to save, tell the callbacks and close the record, however impatient the person is; returns the summary"
         if isinstance(reason, NotFinite): self._whole = False
+        cut = None
         if reason is not None and not self.stop_request.urgent:
-            try: self._saver.save() if self._whole else self._saver.save_best()
+            try:
+                if self.step: self._saver.save() if self._whole else self._saver.save_best()       # Before, there is nothing to go on from
+            except KeyboardInterrupt as stop: cut = stop
             except Exception as error: warnings.warn(f"the newest state could not be saved: {error}", stacklevel=3)
         summary = self._summary(status)
-        cut = None
         try: self._call("on_train_end", summary)
-        except KeyboardInterrupt as stop: cut = stop        # An impatient second stop: the record is closed all the same
+        except KeyboardInterrupt as stop: cut = stop
         except Exception as error:
             self.record.fail(reason or error, summary)
             raise

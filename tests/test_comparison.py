@@ -33,7 +33,8 @@ def test_the_table_says_what_was_trained(study):
     assert runs.settings == ["flow", "flow_options", "seed", "lr"] and [len(exam) for exam in runs.exams] == [2, 1]
     rows = {row["run"]: row for row in runs.rows()}
     run, flow, options, seed, lr, status, steps, best, _ = rows["mlp-icfm-moons-all-none-s1"].values()
-    assert (flow, options, seed, lr, status, steps) == ("icfm", "{}", "1", "0.005", "interrupted", "16") and best.endswith("at step 14")
+    assert (flow, options, seed, lr, status, steps) == ("icfm", "{}", "1", "0.005", "interrupted", "16")
+    assert re.fullmatch(r"\d\.\d{4} at step (7|14)", best)
     for name, summary in summaries.items():
         run, = [run for run in runs.runs if run.folder.name == name]
         assert run.status == summary["status"] == rows[name]["status"] and run.best["val/loss"] == summary["best_val_loss"]
@@ -49,7 +50,7 @@ def test_the_table_says_what_was_trained(study):
 def test_losses_are_comparable_by_the_points_and_not_by_their_name(configured, new_trainer, tmp_path):
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     runs = []
-    for number, (given, seed) in enumerate([(points, 0), (points, 1), (3 * points, 0), (points[:450], 0)]):
+    for number, (given, seed) in enumerate([(points, 0), (points, 1), (points**3, 0), (points[:450], 0)]):
         config = configured(dataset="mine", seed=seed, epochs=1, checkpoint_dir=str(tmp_path / f"by hand {number}"))
         train = FlowDataset.from_tensor(given[:400])
         val = FlowDataset.from_tensor(given[400:], train.stats)

@@ -176,11 +176,41 @@ def test_a_view_that_fails_is_a_warning_and_stops_nothing(configured, new_traine
 
     trainer = new_trainer(configured(), callbacks=[Worse()])
     trainer.callbacks[0] = LiveView()
-    monkeypatch.setattr(LiveView, "curves", lambda self, trainer: 1 / 0)
+    monkeypatch.setattr(LiveView, "curves", lambda self: 1 / 0)
     with pytest.warns(UserWarning, match="the live view could not be shown") as told: summary = trainer.train()
     assert summary["status"] == read_summary(trainer.folder)["status"] == "finished"
     assert {str(warning.message).split(": ")[1] for warning in told} >= {"ZeroDivisionError"}
     assert "best validation loss" in text(shown[-1][0].data)
+
+
+def test_a_record_that_is_long_does_not_set_the_pace(configured, new_trainer, shown, monkeypatch):
+    with pytest.raises(TrainingInterrupted): new_trainer(configured(), callbacks=[PressCtrlC(10)]).train()
+    trainer, read, now = new_trainer(configured(), resume_path="auto"), LiveView.read_record, [0.0]
+
+    def read_slowly(self, trainer):
+        now[0] += 30 if self._record is None else 0
+        read(self, trainer)
+
+    monkeypatch.setattr(LiveView, "read_record", read_slowly)
+    monkeypatch.setattr("flowbook.display.time", SimpleNamespace(monotonic=lambda: now[0]))
+    view = trainer.callbacks[0] = LiveView()
+    trainer.train()
+    assert view.interval == LiveView.interval and view._spent >= 30
+
+
+def test_a_second_stop_while_the_end_is_saved_leaves_a_closed_record(configured, new_trainer):
+    def stop(): raise KeyboardInterrupt
+
+    class Impatient:
+        def on_step(self, trainer):
+            if trainer.step == 10:
+                trainer._saver.save = stop      # The second stop
+                stop()
+
+    trainer = new_trainer(configured(), callbacks=[Impatient()])
+    with pytest.raises(TrainingInterrupted): trainer.train()
+    assert read_summary(trainer.folder)["status"] == "interrupted"
+    assert trainer.train()["status"] == "finished"
 
 
 def test_a_second_stop_while_the_end_is_drawn_leaves_a_closed_record(configured, new_trainer, shown):

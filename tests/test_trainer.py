@@ -2,7 +2,9 @@
 
 import json
 import math
+import pickle
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from flowbook.learner import NotFinite
 from flowbook.nets import create_model
 from flowbook.runs import read_summary
 from flowbook.tracking import read_metrics
-from flowbook.trainer import FlowTrainer
+from flowbook.trainer import FlowTrainer, TrainingInterrupted
 
 
 def final_state(trainer):
@@ -312,11 +314,37 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(configured, new_tr
         trainer.train()
 
 
-@pytest.mark.parametrize("callbacks, words", [([print], "has no method that is called"), (PressCtrlC(3), "write callbacks=\\[...\\]"),
-                                              ([PressCtrlC], "write PressCtrlC\\(\\)")])
+@pytest.mark.parametrize("callbacks, words", [
+    ([print], "has no method that is called"), (PressCtrlC(3), "write callbacks="), ([PressCtrlC], "write PressCtrlC"),
+    ([SimpleNamespace(on_step=5)], "5 is not a callable"), ([SimpleNamespace(on_epoch=lambda trainer: 0)], "too many positional arg")])
 def test_callbacks_that_nobody_would_call_are_refused(configured, new_trainer, callbacks, words):
     with pytest.raises((TypeError, ValueError), match=words): new_trainer(configured(), callbacks=callbacks)
     assert not run_folder(configured().run_name, configured().checkpoint_dir).exists()
+
+
+def test_a_run_that_fails_before_its_first_step_is_not_in_the_way(configured, new_trainer):
+    class Broken:
+        def on_train_start(self, trainer): raise OSError("no such display")
+    with pytest.raises(OSError, match="no such display"): new_trainer(configured(), callbacks=[Broken()]).train()
+    assert read_summary(run_folder(configured().run_name, configured().checkpoint_dir))["status"] == "failed"
+    assert new_trainer(configured()).train()["status"] == "finished"
+
+
+def test_a_stop_while_the_run_is_opened_leaves_a_trainer_that_works(configured, new_trainer, monkeypatch):
+    new_trainer(configured()).train()
+    def stopped(*arguments): raise KeyboardInterrupt
+    trainer = new_trainer(configured(), overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flowbook.trainer.open_record", stopped)
+        trainer.train()
+    assert trainer.train()["status"] == "finished"
+    assert [path.name for path in trainer.folder.parent.glob("*.old-*")] == [f"{trainer.folder.name}.old-1"]
+
+
+def test_what_stops_a_run_comes_out_of_another_process():
+    for error in (TrainingInterrupted(3, 25, True), NotFinite("the loss is nan in step 5", 5)):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_summary_names_its_exam_while_the_run_is_running(configured, new_trainer):
@@ -382,8 +410,8 @@ def test_training_leaves_the_users_random_state_alone(configured, new_trainer):
     assert torch.equal(torch.rand(3), draws[0])
 
 
-def test_the_exam_is_the_same_for_every_batch_size_and_leaves_the_model_alone(configured, new_trainer):
-    first, second = new_trainer(configured()), new_trainer(configured(batch_size=50, arch_options={"width": 16, "depth": 2}))
+def test_the_exam_is_the_same_for_every_batch_size_and_seed_and_leaves_the_model_alone(configured, new_trainer):
+    first, second = new_trainer(configured()), new_trainer(configured(batch_size=50, seed=7, arch_options={"width": 16, "depth": 2}))
     assert_same(first.exam, second.exam)
     before = {name: value.clone() for name, value in first.model.state_dict().items()}
     losses = {first.validate() for _ in range(3)}
