@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -135,12 +136,16 @@ def test_curves_that_are_long_flat_or_empty():
     gaps = [later - earlier for (earlier, _), (later, _) in zip(long.points, long.points[1:])]
     assert 200 <= len(long.points) <= 402 and long.points[0] == (0, 0) and long.lowest[0] == 4712 and max(gaps) <= 64
     assert long.points[-1][0] == 10_000 and long.lowest in long.points and long.points == sorted(long.points)
-    for points in (long.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []):
-        picture = svg_curves({("a < b", "gray"): points}, mark=min(points, key=lambda point: point[1]) if points else None)
+    for points, log in product((long.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []), (False, True)):
+        picture = svg_curves({("a < b", "gray"): points}, mark=min(points, key=lambda point: point[1]) if points else None, log=log)
         assert ElementTree.fromstring(picture).tag.endswith("svg") and "nan" not in picture
         places = [tuple(map(float, place.split(","))) for place in re.search("points='([^']*)'", picture)[1].split()]
         places += [tuple(map(float, place)) for place in re.findall("cx='([^']*)' cy='([^']*)'", picture)]
         assert len(places) == len(points) + bool(points) and all(50 <= x <= 415 and 18 <= y <= 112 for x, y in places)
+    wide = {("loss", "gray"): [(1, 1e-9), (2, 1.0), (3, 1e9)]}
+    heights = {log: re.search("points='([^']*)'", svg_curves(wide, log=log))[1].split()[1].split(",")[1] for log in (True, False)}
+    assert heights[True] == "65.0" and float(heights[False]) > 100      # The middle, and the bottom
+    assert "(log)" in svg_curves(wide, log=True) and "(log)" not in svg_curves(wide)
 
 
 def test_a_row_without_a_number_is_no_point(configured, new_trainer, shown, generous):

@@ -347,6 +347,12 @@ def test_what_stops_a_run_comes_out_of_another_process():
         assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
+def test_what_changes_only_the_training_leaves_the_exam_as_it_is(configured, new_trainer):
+    def exam(flow, **options): return new_trainer(configured(flow=flow, flow_options=options)).exam_fingerprint
+    assert exam("otcfm") == exam("otcfm", ot_batch_size=200, time="logit-normal") != exam("icfm")
+    assert exam("sbcfm") != exam("sbcfm", sigma=0.5)
+
+
 def test_a_summary_names_its_exam_while_the_run_is_running(configured, new_trainer):
     class Look:
         def on_step(self, trainer): seen.append(read_summary(trainer.folder))
