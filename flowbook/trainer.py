@@ -14,7 +14,7 @@ from .checkpoint import check_plain, checkpoint_state, get_checkpoint_path, rest
 from .config import TrainingConfig, make_folder
 from .data import EndlessDataset, FlowDataset
 from .device import device_name, matmul_precision
-from .display import LiveView, ProgressLine, in_notebook
+from .display import LiveView, ProgressBar, ProgressLine, in_notebook
 from .learner import Learner, NotFinite
 from .nets import uncompiled
 from .randomness import preserved_random_state
@@ -86,7 +86,8 @@ class FlowTrainer(Learner):
         self._start = find_start(self.folder, resume_path, overwrite)
         self._kept_fit = self.folder / "coupling.pt"
         super().__init__(model, config, train_dataset, val_dataset, device, self._kept_fit)
-        self.callbacks = [LiveView() if live_view and in_notebook() else ProgressLine(), *callbacks]
+        display = ProgressBar if not in_notebook() else LiveView if live_view else ProgressLine
+        self.callbacks = [display(), *callbacks]
         self.record, self._saver, self._wandb_run_id = NoRecord(), None, None
         self._seconds_before, self._started = 0.0, None
         self._whole = True              # False while a step is half done: then there is nothing to save

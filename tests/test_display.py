@@ -1,9 +1,11 @@
 """What objects and trainings show of themselves in a notebook, without one."""
 
 import math
+import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, suppress
 from itertools import product
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -15,7 +17,7 @@ from matplotlib.figure import Figure
 
 from flowbook.checkpoint import inspect_checkpoint
 from flowbook.data import EndlessDataset, FlowDataset, prepare_dataset
-from flowbook.display import Curve, DrawSamples, LiveView, ProgressLine, run_picture, svg_curves
+from flowbook.display import Curve, DrawSamples, LiveView, ProgressBar, ProgressLine, run_picture, svg_curves
 from flowbook.flows import FLOWS, create_flow
 from flowbook.nets import ModelSummary, create_model
 from flowbook.runs import read_summary
@@ -286,8 +288,51 @@ def test_a_view_that_is_stopped_says_so_and_the_error_how_to_go_on(configured, n
     assert "all epochs are done" in text(shown[-2][0].data) and [new for _, new in shown].count(True) == 4
 
 
-def test_a_trainer_outside_a_notebook_shows_a_line(configured, new_trainer):
-    assert type(new_trainer(configured()).callbacks[0]) is ProgressLine
+@contextmanager
+def terminal_of(columns):
+    """A terminal as stderr; afterwards what stood in its last line, one after the other."""
+    ours, theirs = pytest.importorskip("pty").openpty()
+    pytest.importorskip("termios").tcsetwinsize(theirs, (24, columns))
+
+    def read():
+        with suppress(OSError):     # The other end is closed
+            while piece := os.read(ours, 4096): written.append(piece)
+        os.close(ours)
+
+    written, lines = [], []
+    with ThreadPoolExecutor(1) as reader, open(theirs, "w", encoding="utf-8") as file, redirect_stderr(file):
+        reader.submit(read)
+        yield lines
+    lines += b"".join(written).decode().split("\r")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_a_terminal_shows_a_bar_in_one_line(configured, new_trainer, monkeypatch, columns):
+    monkeypatch.setattr(ProgressBar, "interval", 0)
+    with terminal_of(columns) as lines:
+        summary = new_trainer(configured()).train()
+    *shown, end = filter(None, lines)
+    assert end == "\n" and {len(line) for line in shown} == {columns - 1}
+    assert len(shown) > summary["steps"] and shown[0].startswith("  0%|") and shown[-1].startswith("100%|")
+    best = f"val {summary['best_val_loss']:.4f}"
+    assert columns < 80 or "epoch 1/4" in shown[0] and "epoch 4/4" in shown[-1] and any(best in line for line in shown)
+    assert columns < 120 or shown[-1].rstrip().endswith("finished")
+
+
+def test_a_bar_that_is_stopped_stays_where_it_was_and_goes_on_from_there(configured, new_trainer):
+    with terminal_of(120) as stopped, pytest.raises(TrainingInterrupted):
+        new_trainer(configured(), callbacks=[PressCtrlC(10)]).train()
+    trainer = new_trainer(configured(), resume_path="auto")
+    with terminal_of(120) as resumed: trainer.train()
+    percent = f"{100 * 10 / trainer.step:3.0f}%|"
+    assert stopped[-1] == "\n" and stopped[-2].startswith(percent) and "epoch 2/4" in stopped[-2] and "interrupted" in stopped[-2]
+    assert next(filter(None, resumed)).startswith(percent) and resumed[-2].startswith("100%|")
+
+
+def test_a_file_gets_no_bar(configured, new_trainer, capsys):
+    trainer = new_trainer(configured())
+    trainer.train()
+    assert type(trainer.callbacks[0]) is ProgressBar and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5, 5)])
