@@ -37,7 +37,7 @@ book: .venv/book ## make an HTML book of the notebooks as they are stored: book/
 	$(BIN)/python -m tools.book
 
 torture: .venv/dev ## kill a run a hundred times at random moments; it must end as if nothing had been
-	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
+	FLOWBOOK_KILLS=$${FLOWBOOK_KILLS:-100} FLOWBOOK_TORTURE_SEED=$${FLOWBOOK_TORTURE_SEED:-$$(date +%s)} OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s tests/test_kills.py -k random
 
 bench: .venv/peers ## measure what a step costs beside other trainers, starting, saving, pairing and watching (benchmarks/results/)
 	$(BIN)/python benchmarks/speed.py

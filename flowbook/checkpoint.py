@@ -275,8 +275,10 @@ class CheckpointContents(dict):
     def _repr_html_(self) -> str:
         def words(value):
             if isinstance(value, dict): return ", ".join(f"{name} {words(part)}" for name, part in value.items())
-            return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
-        rows = [[name.replace("_", " "), words(value)] for name, value in self.items() if name != "config"]
+            if isinstance(value, list): return ", ".join(map(str, value))
+            return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        labels = {name: name.replace("_", " ") for name in self if name != "config"} | {"epoch": "goes on in epoch"}
+        rows = [[label, words(self[name])] for name, label in labels.items()]
         return html_table(rows) + self["config"]._repr_html_()
 
 def inspect_checkpoint(path: str | os.PathLike) -> CheckpointContents:

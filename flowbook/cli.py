@@ -19,7 +19,7 @@ from .checkpoint import CheckpointError, get_checkpoint_path
 from .config import TrainingConfig, atomic_path, split_dataset_name
 from .data import EndlessDataset, FlowDataset, data_sets, prepare_dataset
 from .device import select_device, verify_gpu
-from .display import summary_text
+from .display import SummaryTable
 from .pictures import can_be_drawn, plot_samples
 from .evaluation import evaluate, evaluation_table
 from .learner import NotFinite
@@ -169,7 +169,7 @@ class Train:
                 summary["picture_path"] = str(picture)
             except (OSError, CheckpointError) as error:     # The training is done, and has been saved
                 warnings.warn(f"no samples were drawn: {_in_words(error)}", stacklevel=2)
-        print(f"\n{summary_text(summary)}")
+        print(f"\n{SummaryTable(summary)}")
         return 0
 
     @classmethod

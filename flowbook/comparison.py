@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .config import TrainingConfig, split_dataset_name
 from .pictures import duration, html_picture, html_table, new_axes, text_table
-from .plots import plot_losses
+from .plots import plot_losses, scale_losses, series
 from .runs import METRICS_FILE, read_summary
 from .tracking import CONFIG_FILE, read_metrics
 if TYPE_CHECKING: from matplotlib.axes import Axes      # matplotlib is imported where something is drawn
@@ -33,9 +33,11 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any]:
-        "The row with the lowest validation loss; empty before the first validation"
-        validated = [row for row in self.metrics if math.isfinite(row.get("val/loss", math.nan))]
-        return min(validated, key=lambda row: row["val/loss"], default={})
+        "The row of the validation whose weights `best.pt` holds; empty before the first one"
+        best = {}
+        for row in self.metrics:
+            if row.get("val/loss", math.nan) < best.get("val/loss", math.inf) - self.config.min_delta: best = row
+        return best
 
     @property
     def exam(self) -> tuple:
@@ -77,8 +79,8 @@ class Comparison:
         "The names of the settings in which the runs differ"
         if not self.runs: return []
         first, *others = (run.config for run in self.runs)
-        different = {name for config in others for name in first.differences(config)} - {"checkpoint_dir"}      # Where, and not what
-        return [name for name in first.to_dict() if name in different]
+        different = {name for config in others for name in first.differences(config)}
+        return [name for name in first.to_dict() if name in different - {"checkpoint_dir", "data_dir"}]     # Where, and not what
 
     @property
     def exams(self) -> list[list[Run]]:
@@ -100,11 +102,12 @@ class Comparison:
         "Draw the validation losses of the runs that took one exam, the ten best by name. `IndexError` when there are fewer exams."
         if not 0 <= exam < len(self.exams): raise IndexError(f"exam={exam}: these runs took {len(self.exams)} exams, counted from 0")
         axes = axes or new_axes(8, 3)
-        for place, run in enumerate(self.exams[exam]):
-            points = [(row["step"], row["val/loss"]) for row in run.metrics if "val/loss" in row]
-            look = {"label": self.name(run)} if place < 10 else {"color": "lightgray", "zorder": 1}     # matplotlib has ten colours
+        losses = [series(run.metrics, "val/loss") for run in self.exams[exam]]
+        for place, (run, points) in enumerate(zip(self.exams[exam], losses)):
+            look = {"label": self.name(run)} if place < 10 else {"color": "gray", "alpha": .4, "zorder": 1}  # matplotlib has ten colours
             line, = axes.plot(*(zip(*points) if points else ([], [])), **look)
             if run.best and place < 10: axes.plot(run.best["step"], run.best["val/loss"], "o", color=line.get_color())
+        scale_losses(axes, [loss for points in losses for _, loss in points])
         axes.set(xlabel="step", ylabel="validation loss")
         axes.legend(loc="center left", bbox_to_anchor=(1, .5))
         return axes
@@ -123,6 +126,7 @@ class Comparison:
 
 def compare_runs(
     folder: str | os.PathLike = TrainingConfig.checkpoint_dir,      # Where the runs' folders lie, at any depth
+    group: str | None = None,       # Only the runs of this group, as their configurations name it; None: all
 ) -> Comparison:
     "All runs under a folder, side by side; one that can't be read is left out with a warning. `FileNotFoundError` without a folder."
     if not Path(folder).is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
@@ -131,4 +135,4 @@ def compare_runs(
         if re.search(r"\.old-\d+$", path.parent.name): continue       # Moved aside, because its run was started over
         try: runs.append(Run(path.parent))
         except (OSError, ValueError, TypeError) as error: warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
-    return Comparison(runs)
+    return Comparison([run for run in runs if group in (None, run.config.group)])

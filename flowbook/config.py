@@ -231,9 +231,10 @@ class TrainingConfig:
         return TrainingConfig.from_dict(kept | changes)
 
     def differences(self, other: "TrainingConfig") -> dict[str, tuple]:
-        "The fields in which two configurations differ: name -> (here, there)"
-        return {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
-                if getattr(self, f.name) != getattr(other, f.name)}
+        "The fields in which two configurations differ: name -> (here, there), but for a `stats_path` that only follows from the data set"
+        here, there = ({f.name: getattr(config, f.name) for f in fields(config)} for config in (self, other))
+        chosen = [config.stats_path for config in (self, other) if config.stats_path != config._default_stats_path]
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name] and (name != "stats_path" or chosen)}
 
     def to_dict(self) -> dict[str, Any]:
         "All fields as plain values that JSON and `torch.save` know"
@@ -270,7 +271,8 @@ def _as_table(config: TrainingConfig) -> str:
         text = f"<td>{escape(name)}</td><td>{escape(repr(value))}</td>"
         return f"<tr style='font-weight:bold'>{text}</tr>" if name in changed else f"<tr>{text}</tr>"
     rows = "".join(row(f.name, getattr(config, f.name)) for f in fields(config))
-    return f"<details><summary>TrainingConfig <b>{escape(config.run_name)}</b></summary><table>{rows}</table></details>"
+    words = escape(", ".join(f"{name}={here!r}" for name, (here, _) in changed.items()))
+    return f"<details><summary>TrainingConfig <b>{escape(config.run_name)}</b> {words}</summary><table>{rows}</table></details>"
 
 # %% ../nbs/00_config.ipynb #cb2540e6
 MAY_CHANGE_ON_RESUME = frozenset({"epochs", "patience", "max_skipped_steps", "group", "log_every", "stats_path", "data_dir",

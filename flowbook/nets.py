@@ -85,6 +85,8 @@ class MLP(nn.Module):
         for block in self.blocks: hidden = block(hidden, time)
         return self.last(hidden).view_as(x)
 
+    def _repr_html_(self) -> str: return ModelSummary(self)._repr_html_()
+
 # %% ../nbs/07_nets.ipynb #3cc0676e
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mlp": MLP}
 

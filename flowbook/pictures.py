@@ -27,7 +27,7 @@ def image_grid(
     like: Tensor | None = None, # Images whose range of values is black to white; None: these
 ) -> Tensor:                    # One image, shape (height, width, channels), between 0 and 1
     "Lay images side by side, row by row, with a pixel of paper around each"
-    values = (images if like is None else like).flatten()[:10_000_000].float()      # As many as `quantile` takes
+    values = (images if like is None else like).flatten()[:1_000_000].float()       # Enough to know, and sorted soon
     low, high = values.quantile(.01), values.quantile(.99)
     images = ((images.float() - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -54,7 +54,7 @@ def plot_samples(
         raise ValueError(f"samples of shape {tuple(samples.shape[1:])} have no picture: only (2,) and (1 or 3, height, width) have")
     axes, samples = axes or new_axes(4, 4), samples.detach().cpu()
     if samples.ndim == 2:
-        if data is not None: axes.plot(*data.detach().cpu().T, ".", markersize=2, color="lightgray", label="data")
+        if data is not None: axes.plot(*data.detach().cpu().T, ".", markersize=2, color="gray", alpha=.4, label="data")
         axes.plot(*samples.T, ".", markersize=2, color="tab:blue", label="samples")
         axes.set_aspect("equal")
         if data is not None: axes.legend(loc="upper right", markerscale=4)

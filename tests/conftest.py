@@ -25,6 +25,7 @@ def _off_the_network(monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")     # A proxy would answer for servers that aren't there
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ sys.exit(0 if passed else "a cell failed")
 def run_alone(notebook, *skipped_flags):
     """Run a notebook's cells in a process of their own, those with one of these flags left out."""
     command = [sys.executable, "-c", RUN_NOTEBOOK, str(notebook), *skipped_flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
 
 
 def write_notebook(path, *sources):

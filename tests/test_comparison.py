@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from conftest import PressCtrlC
+from flowbook.checkpoint import read_checkpoint
 from flowbook.comparison import Comparison, Run, compare_runs
 from flowbook.data import FlowDataset, prepare_dataset
 from flowbook.runs import read_summary
+from flowbook.tracking import read_metrics
 
 
 @pytest.fixture
@@ -120,5 +122,35 @@ def test_the_ten_best_of_an_exam_have_a_name_in_the_plot(study):
     run = Run(folder / next(iter(summaries)))
     axes = Comparison([run] * 12).plot()
     assert len(axes.get_legend().get_texts()) == 10
-    assert [line.get_color() for line in axes.lines if len(line.get_xdata()) > 1][10:] == ["lightgray"] * 2
+    assert [line.get_color() for line in axes.lines if len(line.get_xdata()) > 1][10:] == ["gray"] * 2
     plt.close(axes.figure)
+
+
+def test_the_runs_of_a_group_stand_alone_and_what_only_follows_is_no_setting(configured, new_trainer):
+    for group, seed in (("first", 1), ("second", 2), ("second", 3)):
+        new_trainer(configured(group=group, seed=seed)).train()
+    folder = configured().checkpoint_dir
+    assert [len(compare_runs(folder, group=group).runs) for group in (None, "first", "second", "third")] == [3, 1, 2, 0]
+    assert compare_runs(folder, group="second").settings == ["seed"]
+    checkerboard = configured(dataset="checkerboard-all", seed=4)
+    prepare_dataset("checkerboard", checkerboard.data_dir, points=200)
+    new_trainer(checkerboard).train()
+    assert compare_runs(folder).settings == ["dataset", "group", "seed"]       # and not where the statistics lie
+
+
+def test_the_best_of_a_run_is_what_its_checkpoint_holds(configured, new_trainer):
+    trainer = new_trainer(configured(min_delta=0.05, epochs=8))
+    summary = trainer.train()
+    run, lowest = Run(trainer.folder), min(row.get("val/loss", 1e9) for row in read_metrics(trainer.folder))
+    assert run.best["val/loss"] == summary["best_val_loss"] > lowest
+    assert run.best["step"] == read_checkpoint(trainer.folder / "best.pt")["step"]
+
+
+def test_one_run_far_above_the_others_does_not_flatten_them(study):
+    folder, _ = study
+    runs = compare_runs(folder)
+    assert runs.plot().get_yscale() == "linear"
+    path = next(iter(runs.exams[0])).folder / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "epoch": 1, "val/loss": 4000.0}) + "\n" + path.read_text())
+    assert compare_runs(folder).plot().get_yscale() == "log"
+    plt.close("all")

@@ -408,6 +408,7 @@ def test_sizes_nest(count, seed, draw):
             assert FlowDataset(folder, "mine", small, split).fingerprint == FlowDataset(folder, "mine", large, split).fingerprint
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 10**6), available=st.integers(1, 10**6))
 def test_a_size_is_a_number_or_refused(size, available):
     if size <= available: assert count_of_size(size, available) == count_of_size(f"{size}", available) == size

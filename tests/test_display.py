@@ -1,7 +1,9 @@
 """What objects and trainings show of themselves in a notebook, without one."""
 
+import io
 import math
 import os
+import random
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +31,9 @@ from conftest import PressCtrlC, assert_same, training_state
 
 
 def text(html):
-    """What a person reads in a page."""
-    return " ".join(re.sub("<[^>]+>", " ", html).split())
+    """What a person reads in a page, or in something that shows itself as one."""
+    page = html if isinstance(html, str) else html._repr_html_()
+    return " ".join(re.sub("<[^>]+>", " ", page).split())
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ def test_a_summary_counts_every_number_once():
     counts = [int(row["parameters"].split(",")[0].split()[0]) for row in rows[:-1] if "not trained" not in row["parameters"]]
     assert sum(counts) == sum(parameter.numel() for parameter in model.parameters()) == int(rows[-1]["parameters"].replace(",", ""))
     assert [row["layer"] for row in rows if "frozen" in row["parameters"]] == ["first"]
+    assert "all MLP" in text(model) == text(ModelSummary(model)) and "first" in text(torch.compile(model))
     assert "Linear" in repr(ModelSummary(model)) and "first" in text(ModelSummary(torch.compile(model))._repr_html_())
 
 
@@ -104,7 +108,7 @@ def test_a_checkpoint_is_a_dictionary_and_a_table(trained_run):
 def generous(monkeypatch):
     """A view that shows everything in every step."""
     monkeypatch.setattr(LiveView, "interval", 0)
-    monkeypatch.setattr(LiveView, "seldom", 0)
+    monkeypatch.setattr(LiveView, "curves_share", math.inf)
     monkeypatch.setattr(LiveView, "picture_is_due", lambda self, trainer: True)
 
 
@@ -115,29 +119,30 @@ def test_a_view_is_two_displays_and_changes_nothing(configured, new_trainer, tmp
     watched.callbacks[0] = LiveView()
     watched.train()
     assert_same(*(training_state(trainer._state()) for trainer in (plain, watched)))
-    assert [type(thing).__name__ for thing, new in shown] == ["HTML", "Image"] * (1 + 28 + 1)
+    assert [type(thing).__name__ for thing, new in shown] == ["HTML", "Image"] * (1 + 28) + ["SummaryTable", "Image"]
     assert [new for _, new in shown] == [True] * 2 + [False] * 58       # All others take the places of those before the first step
-    assert "best validation loss" in text(shown[-2][0].data) and not plt.get_fignums() and not recwarn.list
+    assert "best validation loss" in text(shown[-2][0]) and not plt.get_fignums() and not recwarn.list
 
 
 def test_the_curves_grow_with_the_record(configured, new_trainer, shown, generous):
     trainer = new_trainer(configured(log_every=1))
     trainer.callbacks[0] = LiveView()
     trainer.train()
-    pages = [thing.data for thing, _ in shown if type(thing).__name__ == "HTML"][:-1]       # The last one is the table
+    pages = [thing.data for thing, _ in shown if type(thing).__name__ == "HTML"]
     lengths = [[len(points.split()) for points in re.findall("points='([^']*)'", page)] for page in pages]
     assert [training for training, *_ in lengths] == list(range(29))
     assert [validation for _, validation, *_ in lengths] == [max(0, step - 1) // 7 for step in range(29)]
 
 
 def test_curves_that_are_long_flat_or_empty():
-    long, flat = Curve(), Curve()
+    long, flat, empty = Curve(), Curve(), Curve()
     for step in range(10_001):
-        long.add(step, math.sin(step / 1000))
+        long.add(step, math.sin(step / 1000) + 90 * (step == 3001))
         flat.add(step, 0.5)
     gaps = [later - earlier for (earlier, _), (later, _) in zip(long.points, long.points[1:])]
-    assert 200 <= len(long.points) <= 402 and long.points[0] == (0, 0) and long.lowest[0] == 4712 and max(gaps) <= 64
-    assert long.points[-1][0] == 10_000 and long.lowest in long.points and long.points == sorted(long.points)
+    assert 200 <= len(long.points) <= 401 and long.points[0] == (0, 0) and long.lowest[0] == 4712 and max(gaps) <= 2 * 64
+    assert long.points[-1][0] == 10_000 and {3001, 4712} <= {step for step, _ in long.points} and long.points == sorted(long.points)
+    assert (flat.lowest, len(flat.points) <= 202, empty.lowest, empty.points) == ((0, 0.5), True, None, [])
     for points, log in product((long.points, flat.points, [(3, 1e-3)], [(1, 1e-9), (2, 1e9)], []), (False, True)):
         picture = svg_curves({("a < b", "gray"): points}, mark=min(points, key=lambda point: point[1]) if points else None, log=log)
         assert ElementTree.fromstring(picture).tag.endswith("svg") and "nan" not in picture
@@ -150,6 +155,64 @@ def test_curves_that_are_long_flat_or_empty():
     assert "(log)" in svg_curves(wide, log=True) and "(log)" not in svg_curves(wide)
 
 
+def test_whatever_is_put_in_the_extremes_of_a_curve_stay():
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    for length in (1, 199, 200, 201, 402, 5000):
+        curve, points = Curve(), [(step, generator.gauss(0, 1)) for step in range(length)]
+        for point in points:
+            curve.add(*point)
+        lowest, *_, highest = sorted(points, key=lambda point: point[1]) if length > 1 else points * 2
+        assert curve.lowest == lowest and {lowest, highest, points[-1]} <= {*curve.points} <= {*points}
+        assert len(curve.points) <= 401 and (length > 200 or curve.points == points)
+
+
+@pytest.mark.parametrize("losses", [(0.02, 0.09), (0.22, 2.5), (1.5, 2), (900, 5000), (1e-4, 1e6), (1e5, 1e6)])
+def test_a_picture_cuts_nothing_off_and_writes_plain_numbers(losses, monkeypatch):
+    axes = []
+    monkeypatch.setattr("flowbook.display.readable_anywhere", axes.append)
+    rows = [{"step": step, "train/loss": loss, "val/loss": loss, "train/lr": 1e-3, "train/grad_norm": loss}
+            for step, loss in zip((1, 99_999), reversed(losses))]
+    opacity = plt.imread(io.BytesIO(run_picture(rows)))[..., 3]
+    assert not any(edge.any() for edge in (opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]))
+    labels = [label.get_text().replace("\u2212", "-") for label in axes[0].get_yticklabels(which="both")]
+    unit = float(axes[0].yaxis.get_offset_text().get_text() or 1)
+    assert len([label for label in labels if losses[0] <= unit * float(label) <= losses[1]]) >= 2
+    assert axes[0].get_yscale() == ("log" if losses[1] > 10 * losses[0] else "linear")
+
+
+def test_the_table_that_stays_is_text_as_well(configured, new_trainer, shown):
+    trainer = new_trainer(configured())
+    trainer.callbacks[0] = LiveView()
+    trainer.train()
+    table = shown[-2][0]
+    assert repr(table).split() == text(table).split() and "best validation loss" in repr(table)
+
+
+def test_panels_wait_until_they_can_be_paid_whenever_training_ends(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("flowbook.display.time", SimpleNamespace(monotonic=lambda: now[0]))
+    view, config = LiveView(), SimpleNamespace(epochs=100, patience=0)
+    trainer = SimpleNamespace(config=config, step=0, steps_per_epoch=10)
+
+    def due(second, epochs=100):        # A second for an epoch
+        now[0], trainer.step, config.epochs = second, 10 * second, epochs
+        return view.picture_is_due(trainer)
+
+    view._cost, view._last_cost = 0.06, 0.1
+    view.begin(trainer)
+    assert not due(7) and due(9)        # 0.06 are three quarters of a hundredth of 8
+    assert due(9, epochs=14) and not due(9, epochs=13)      # Twice the panels and the rest of the last picture: 1.6% of 13.75
+    view._spent = 0.1
+    assert due(9, epochs=21) and not due(9, epochs=19)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"n": 0}, {"n": -3}])
+def test_samples_that_can_not_be_are_refused(options):
+    with pytest.raises(ValueError, match="is not allowed: it must be at least 1"): DrawSamples(**options)
+
+
 def test_a_row_without_a_number_is_no_point(configured, new_trainer, shown, generous):
     trainer = new_trainer(configured(log_every=1, max_skipped_steps=5))
     trainer.callbacks[0] = LiveView()
@@ -160,7 +223,7 @@ def test_a_row_without_a_number_is_no_point(configured, new_trainer, shown, gene
     losses = [row["train/loss"] for row in read_metrics(trainer.folder) if "train/loss" in row]
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert len(losses) == 28 > len(finite)
-    page = [thing.data for thing, _ in shown if "<svg" in str(thing.data)][-1]
+    page = [thing.data for thing, _ in shown if "<svg" in str(getattr(thing, "data", ""))][-1]
     assert len(re.search("points='([^']*)'", page)[1].split()) == len(finite)
 
 
@@ -187,7 +250,7 @@ def test_a_view_that_fails_is_a_warning_and_stops_nothing(configured, new_traine
     with pytest.warns(UserWarning, match="the live view could not be shown") as told: summary = trainer.train()
     assert summary["status"] == read_summary(trainer.folder)["status"] == "finished"
     assert {str(warning.message).split(": ")[1] for warning in told} >= {"ZeroDivisionError"}
-    assert "best validation loss" in text(shown[-1][0].data)
+    assert "best validation loss" in text(shown[-1][0])
 
 
 def test_a_record_that_is_long_does_not_set_the_pace(configured, new_trainer, shown, monkeypatch):
@@ -236,7 +299,7 @@ def test_before_the_first_validation_there_is_no_checkpoint(configured, new_trai
     trainer = new_trainer(configured(), callbacks=[PressCtrlC(3)])
     trainer.callbacks[0] = LiveView()
     with pytest.raises(TrainingInterrupted): trainer.train()
-    assert "checkpoint none yet" in text(shown[-2][0].data) and not (trainer.folder / "best.pt").exists()
+    assert "checkpoint none yet" in text(shown[-2][0]) and not (trainer.folder / "best.pt").exists()
 
 
 def test_a_finished_run_without_a_record_still_has_its_table(configured, new_trainer, shown):
@@ -245,7 +308,7 @@ def test_a_finished_run_without_a_record_still_has_its_table(configured, new_tra
     (trainer.folder / "metrics.jsonl").unlink()
     trainer.callbacks[0] = LiveView()
     with pytest.warns(UserWarning, match="the live view could not be shown: FileNotFoundError"): trainer.train()
-    assert "all epochs are done" in text(shown[-1][0].data)
+    assert "all epochs are done" in text(shown[-1][0])
 
 
 def test_in_a_notebook_the_view_is_the_default(configured, new_trainer, monkeypatch):
@@ -269,10 +332,10 @@ def test_a_finished_run_shows_its_end_again(configured, new_trainer, shown, caps
         trainer = new_trainer(configured(), callbacks=[DrawSamples()], **options)
         trainer.callbacks[0] = LiveView()
         trainer.train()
-        end = [(type(thing).__name__, thing.data) for thing, _ in shown[-2:]]
+        end = [getattr(thing, "data", None) or repr(thing) for thing, _ in shown[-2:]]
         shown.clear()
         trainer.train()
-        assert [(type(thing).__name__, thing.data) for thing, _ in shown] == end and [new for _, new in shown] == [True] * 2
+        assert [getattr(thing, "data", None) or repr(thing) for thing, _ in shown] == end and [new for _, new in shown] == [True] * 2
     assert "The run mlp-icfm-moons-all-none is finished" in capsys.readouterr().out
 
 
@@ -280,12 +343,12 @@ def test_a_view_that_is_stopped_says_so_and_the_error_how_to_go_on(configured, n
     trainer = new_trainer(configured(), callbacks=[PressCtrlC(10)])
     trainer.callbacks[0] = LiveView()
     with pytest.raises(TrainingInterrupted) as stopped: trainer.train()
-    assert "interrupted in epoch 2" in text(shown[-2][0].data)
+    assert "interrupted in epoch 2" in text(shown[-2][0])
     sentence, = stopped.value._render_traceback_()
     assert sentence.startswith("Training was stopped in epoch 2, after step 10. Call train() again to go on from here")
     trainer.callbacks.pop()
     trainer.train()
-    assert "all epochs are done" in text(shown[-2][0].data) and [new for _, new in shown].count(True) == 4
+    assert "all epochs are done" in text(shown[-2][0]) and [new for _, new in shown].count(True) == 4
 
 
 @contextmanager

@@ -165,8 +165,8 @@ def test_an_error_in_a_search_is_raised_in_its_own_step(configured, monkeypatch,
     pair, calls = OptimalTransportCoupling.pair, []
 
     def once_wrong(self, x0, x1, generator=None):
-        calls.append(torch.equal(x1, wrong))
-        if calls[-1]: raise KeyError("my own mistake")
+        calls.append(mine := torch.equal(x1, wrong))        # Other threads append, too
+        if mine: raise KeyError("my own mistake")
         return pair(self, x0, x1, generator)
 
     monkeypatch.setattr(OptimalTransportCoupling, "pair", once_wrong)
@@ -261,7 +261,7 @@ def test_the_readme_says_what_was_measured():
 def test_the_benchmark_lets_every_trainer_take_its_turns(tmp_path):
     root, results = Path(__file__).parents[1], tmp_path / "speed.json"
     command = [sys.executable, root / "benchmarks" / "speed.py", "2d", "--rounds", "1", "--results", results]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     times = json.loads(results.read_text())["2d"]["microseconds"]
     kept = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())["2d"]["microseconds"]
