@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'progress_line', 'in_notebook', 'ProgressLine', 'shown_in_pla
            'Curve', 'svg_curves', 'LiveView', 'DrawSamples']
 
 # %% ../nbs/23_display.ipynb #5b632a7f
-import io, json, math, sys, textwrap, time, warnings
+import gc, io, json, math, sys, textwrap, time, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -115,11 +115,10 @@ class SummaryTable:
     def __init__(self,
         summary: dict[str, Any],    # As `FlowTrainer.train` returns it
     ):
-        validated = math.isfinite(summary["best_val_loss"])
         rows = {"run": summary["run"], "device": summary["device"],
                 "epochs": f"{summary['final_epoch']} of at most {summary['epochs']}: {summary['stop_reason']}",
-                "best validation loss": f"{summary['best_val_loss']:.4f}" if validated else "none yet",
-                "time": duration(summary["seconds"]), "checkpoint": summary["checkpoint_path"] if validated else "none yet",
+                "best validation loss": f"{summary['best_val_loss']:.4f}" if math.isfinite(summary["best_val_loss"]) else "none yet",
+                "time": duration(summary["seconds"]), "checkpoint": summary["checkpoint_path"] or "none yet",
                 "metrics": summary["metrics_path"]} | ({"picture": summary["picture_path"]} if "picture_path" in summary else {})
         self.rows = [list(row) for row in rows.items()]
 
@@ -225,14 +224,16 @@ class LiveView(ProgressLine):
     interval = 0.5          # Least seconds between two changes of the curves, which may become more
     curves_share = 0.005    # Of a training's time, at most: so the curves wait when showing them takes long
     panels_share = 0.0075   # Likewise for the panels
-    share = 0.016           # Of the planned time, for all with the last picture: panels wait when it would be more
+    share = 0.018           # Of the planned time, for all with the last picture: panels wait when it would be more
 
     def __init__(self):
         self._last_cost = self._cost = 0.0      # Seconds: of the last picture but for its panels, and of the panels
         with _warning_instead():
-            run_picture([])         # Loads matplotlib, which takes as long as many pictures
+            rows = [{"step": 1, "train/loss": 1.0, "val/loss": 1.0}]
+            run_picture(rows)       # Loads matplotlib, which takes as long as many pictures
+            gc.collect()            # Otherwise the first picture of the training would set this off, and take twice as long
             began = time.monotonic()
-            run_picture([])
+            run_picture(rows)
             self._last_cost = time.monotonic() - began
             self._cost = self._last_cost / 2        # A guess until there was one
 
@@ -309,7 +310,8 @@ class LiveView(ProgressLine):
         "Is it time for panels, and can the training pay for them, and again in the last picture?"
         now, left = time.monotonic(), self.seconds_left(trainer)
         if now < self._next_picture or left is None: return False
-        return self._spent + 2 * self._cost + self._last_cost <= self.share * (now - self._started + left)
+        to_come = self.curves_share * left + 2 * self._cost + self._last_cost
+        return self._spent + to_come <= self.share * (now - self._started + left)
 
     def show_picture(self, rows: list[dict[str, Any]] | None, panels: list[Callable[["Axes"], object]]) -> None:
         "Show a picture, and decide when the next one may be drawn"
@@ -354,4 +356,5 @@ class DrawSamples:
             self._epoch, self._title = trainer.epoch, f"samples, step {trainer.step}"
         plot_samples(self._samples, self._data, axes)
         if legend := axes.get_legend(): legend.remove()     # It would lie on the samples
+        axes.set(xticks=[], yticks=[])      # The data say where the samples lie, and numbers take as long as all the rest
         axes.set_title(self._title, fontsize="medium")

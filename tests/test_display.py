@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -203,9 +204,9 @@ def test_panels_wait_until_they_can_be_paid_whenever_training_ends(monkeypatch):
     view._cost, view._last_cost = 0.06, 0.1
     view.begin(trainer)
     assert not due(7) and due(9)        # 0.06 are three quarters of a hundredth of 8
-    assert due(9, epochs=14) and not due(9, epochs=13)      # Twice the panels and the rest of the last picture: 1.6% of 13.75
+    assert due(9, epochs=14) and not due(9, epochs=13)      # Twice the panels, the last picture, and 0.5% of the rest: 1.8% of 13.5
     view._spent = 0.1
-    assert due(9, epochs=21) and not due(9, epochs=19)
+    assert due(9, epochs=22) and not due(9, epochs=21)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"n": 0}, {"n": -3}])
@@ -293,6 +294,19 @@ def test_a_second_stop_while_the_end_is_drawn_leaves_a_closed_record(configured,
     trainer = new_trainer(configured(), callbacks=[Impatient()], resume_path="auto")
     with pytest.raises(KeyboardInterrupt): trainer.train()
     assert read_summary(trainer.folder)["status"] == "finished"
+
+
+def test_what_an_urgent_stop_has_not_saved_is_not_named(configured, new_trainer, shown):
+    class Impatient:
+        def on_train_start(self, trainer): trainer._saver._due_at = math.inf       # What was best is held, and not yet written
+        def on_step(self, trainer):
+            for _ in range(2 * (trainer.step == 10)): signal.raise_signal(signal.SIGINT)
+
+    trainer = new_trainer(configured(), callbacks=[Impatient()])
+    trainer.callbacks[0] = LiveView()
+    with pytest.raises(KeyboardInterrupt): trainer.train()
+    assert not (trainer.folder / "best.pt").exists() and read_summary(trainer.folder)["checkpoint_path"] is None
+    assert "checkpoint none yet" in text(shown[-2][0]) and "best validation loss 1" in text(shown[-2][0])
 
 
 def test_before_the_first_validation_there_is_no_checkpoint(configured, new_trainer, shown):
