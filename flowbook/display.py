@@ -115,10 +115,11 @@ class SummaryTable:
     def __init__(self,
         summary: dict[str, Any],    # As `FlowTrainer.train` returns it
     ):
+        validated = math.isfinite(summary["best_val_loss"])
         rows = {"run": summary["run"], "device": summary["device"],
                 "epochs": f"{summary['final_epoch']} of at most {summary['epochs']}: {summary['stop_reason']}",
-                "best validation loss": f"{summary['best_val_loss']:.4f}" if math.isfinite(summary["best_val_loss"]) else "none yet",
-                "time": duration(summary["seconds"]), "checkpoint": summary["checkpoint_path"] or "none yet",
+                "best validation loss": f"{summary['best_val_loss']:.4f}" if validated else "none yet",
+                "time": duration(summary["seconds"]), "checkpoint": summary["checkpoint_path"] if validated else "none yet",
                 "metrics": summary["metrics_path"]} | ({"picture": summary["picture_path"]} if "picture_path" in summary else {})
         self.rows = [list(row) for row in rows.items()]
 

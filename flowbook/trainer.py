@@ -236,12 +236,11 @@ class FlowTrainer(Learner):
     def _summary(self, status: str) -> dict[str, Any]:
         reasons = {"finished": "all epochs are done",
                    "early-stopped": f"no improvement in {self.config.patience} validations"}
-        best = get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir)
         return {"run": self.config.run_name, "status": status, "device": device_name(self.device),
                 "stop_reason": reasons.get(status, f"{status} in epoch {self.epoch}"), "final_epoch": self.epoch - 1,
                 "epochs": self.config.epochs, "steps": self.step, "best_val_loss": self.best_val_loss,
                 "seconds": self.seconds, "metrics_path": str(self.folder / "metrics.jsonl"),
-                "checkpoint_path": str(best) if best.is_file() else None}
+                "checkpoint_path": str(get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir))}
 
     def _report_finished(self) -> dict[str, Any]:
         "Nothing left to train. What a kill in the last moment has left undone, the newest state as last.pt or the summary, is done now."

@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -294,19 +293,6 @@ def test_a_second_stop_while_the_end_is_drawn_leaves_a_closed_record(configured,
     trainer = new_trainer(configured(), callbacks=[Impatient()], resume_path="auto")
     with pytest.raises(KeyboardInterrupt): trainer.train()
     assert read_summary(trainer.folder)["status"] == "finished"
-
-
-def test_what_an_urgent_stop_has_not_saved_is_not_named(configured, new_trainer, shown):
-    class Impatient:
-        def on_train_start(self, trainer): trainer._saver._due_at = math.inf       # What was best is held, and not yet written
-        def on_step(self, trainer):
-            for _ in range(2 * (trainer.step == 10)): signal.raise_signal(signal.SIGINT)
-
-    trainer = new_trainer(configured(), callbacks=[Impatient()])
-    trainer.callbacks[0] = LiveView()
-    with pytest.raises(KeyboardInterrupt): trainer.train()
-    assert not (trainer.folder / "best.pt").exists() and read_summary(trainer.folder)["checkpoint_path"] is None
-    assert "checkpoint none yet" in text(shown[-2][0]) and "best validation loss 1" in text(shown[-2][0])
 
 
 def test_before_the_first_validation_there_is_no_checkpoint(configured, new_trainer, shown):
